@@ -1,0 +1,1 @@
+"""oprd: on-policy distillation for people who ship models."""

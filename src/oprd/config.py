@@ -1,0 +1,451 @@
+"""A recipe: every choice of a run as plain frozen dataclasses, mirrored by the YAML file key by key.
+
+Pure data: importing this module loads no model library, so a bad recipe fails in a fraction of a second.
+"""
+
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Discriminator, Field, TypeAdapter, ValidationError
+
+from oprd.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+DType = Literal["float32", "bfloat16", "float16"]
+_PYDANTIC = {"extra": "forbid", "strict": True}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """Train low-rank adapters instead of the full weights (PEFT)."""
+
+    __pydantic_config__ = _PYDANTIC
+    r: Positive = 16
+    alpha: Positive = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentConfig:
+    """The model that is trained. Its weights are held in float32; `bf16: true` computes in bfloat16."""
+
+    __pydantic_config__ = _PYDANTIC
+    model: str
+    """Folder or Hub name."""
+    gguf_file: str | None = None
+    """A GGUF file inside `model`, dequantised on load (needs the package gguf)."""
+    lora: LoraConfig | None = None
+    gradient_checkpointing: bool = False
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalTeacherConfig:
+    """A frozen model in this process."""
+
+    __pydantic_config__ = _PYDANTIC
+    type: Literal["local"] = "local"
+    model: str
+    gguf_file: str | None = None
+    dtype: DType = "bfloat16"
+    device: str | None = None
+    """None: the student's."""
+    quantization: Literal["8bit", "4bit"] | None = None
+    """bitsandbytes, through transformers."""
+    system_prompt: str | None = None
+    """Replaces the prompt's system message for the teacher."""
+    prompt_template: str | None = None
+    """Replaces the last user message for the teacher; `{column}` is filled from the dataset."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelfTeacherConfig:
+    """The student's own weights before training, under another prompt: its adapter off, or a frozen copy."""
+
+    __pydantic_config__ = _PYDANTIC
+    type: Literal["self"] = "self"
+    system_prompt: str | None = None
+    prompt_template: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.system_prompt is None and self.prompt_template is None:
+            raise ConfigError(
+                "a self teacher with the student's own prompt agrees with the student everywhere; "
+                "give system_prompt or prompt_template"
+            )
+
+
+OneTeacherConfig = Annotated[LocalTeacherConfig | SelfTeacherConfig, Discriminator("type")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeveralTeachersConfig:
+    """Several teachers; the dataset's `teacher` column names one for each prompt."""
+
+    __pydantic_config__ = _PYDANTIC
+    type: Literal["several"] = "several"
+    teachers: dict[str, OneTeacherConfig]
+
+    def __post_init__(self) -> None:
+        if not self.teachers:
+            raise ConfigError("teachers is empty; give at least one `name: {type: ...}`")
+
+
+TeacherConfig = Annotated[
+    LocalTeacherConfig | SelfTeacherConfig | SeveralTeachersConfig, Discriminator("type")
+]
+
+Tokens = Literal["all", "first_k", "last_k", "last"]
+Reduction = Literal["token_mean", "sequence_mean"]
+Coefficient = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _check_k(tokens: Tokens, k: int | None) -> None:
+    if k is not None and not tokens.endswith("_k"):
+        raise ConfigError(f"k={k} has no meaning with tokens={tokens!r}; drop k or use first_k or last_k")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HiddenMSEConfig:
+    """OPRD: match the student's hidden states to the teacher's. Defaults are the paper's setting."""
+
+    __pydantic_config__ = _PYDANTIC
+    type: Literal["oprd"] = "oprd"
+    layers: Literal["all", "last", "even", "odd"] | tuple[Positive, ...] = "all"
+    """Which transformer blocks are matched, counted from 1."""
+    tokens: Tokens = "last_k"
+    k: Positive | None = None
+    """With first_k or last_k: how many sampled tokens of each completion; 2000 unless given [paper]."""
+    normalization: Literal["none", "l2"] = "none"
+    """`l2` divides each state by its norm first, and then needs a coefficient of 100 to 1000 [code]."""
+    reduction: Reduction = "token_mean"
+    """`token_mean` [code], or the paper's Eq. 6 that divides per completion: `sequence_mean`."""
+    coefficient: Coefficient = 1.0
+
+    def __post_init__(self) -> None:
+        _check_k(self.tokens, self.k)
+        if isinstance(self.layers, tuple) and (not self.layers or len(set(self.layers)) < len(self.layers)):
+            raise ConfigError(f"layers must name each block once and at least one, got {list(self.layers)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputKLConfig:
+    """OPD: match the student's next-token distribution to the teacher's. p = student, q = teacher."""
+
+    __pydantic_config__ = _PYDANTIC
+    type: Literal["opd"] = "opd"
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    """reverse_kl = KL(p||q), forward_kl = KL(q||p), jsd = b KL(q||m) + (1-b) KL(p||m), m = b q + (1-b) p."""
+    jsd_weight: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """b; 0.5 unless given."""
+    estimator: Literal["full", "top_k", "sampled"] = "full"
+    top_k: Positive | None = None
+    """Size of the support of estimator top_k; 16 unless given."""
+    support: Literal["student", "teacher", "overlap"] | None = None
+    """Whose top k; `student` unless given."""
+    kl_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Divides both models' logits in the loss. Not the sampling temperature; no factor is put back."""
+    tokens: Tokens = "all"
+    k: Positive | None = None
+    reduction: Reduction = "token_mean"
+    coefficient: Coefficient = 1.0
+
+    def __post_init__(self) -> None:
+        _check_k(self.tokens, self.k)
+        if self.jsd_weight is not None and self.divergence != "jsd":
+            raise ConfigError(f"jsd_weight has no meaning with divergence={self.divergence!r}; drop it")
+        if self.estimator != "top_k" and (self.top_k is not None or self.support is not None):
+            raise ConfigError(f"top_k and support have no meaning with estimator={self.estimator!r}; drop them")
+        if self.estimator == "sampled" and self.kl_temperature != 1.0:
+            raise ConfigError(
+                "estimator 'sampled' is unbiased only at kl_temperature 1, where the tokens were sampled; "
+                f"got {self.kl_temperature}. Use estimator 'full' or 'top_k', or drop kl_temperature"
+            )
+
+
+OneObjectiveConfig = Annotated[HiddenMSEConfig | OutputKLConfig, Discriminator("type")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureConfig:
+    """A weighted sum of objectives, each with its own coefficient: the paper's `opd + mu * oprd`."""
+
+    __pydantic_config__ = _PYDANTIC
+    type: Literal["mixture"] = "mixture"
+    terms: tuple[OneObjectiveConfig, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.terms) < 2:
+            raise ConfigError(f"a mixture needs at least two terms, got {len(self.terms)}; use the term itself")
+
+
+ObjectiveConfig = Annotated[HiddenMSEConfig | OutputKLConfig | MixtureConfig, Discriminator("type")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Prompts: JSONL, Parquet or CSV by path, or a Hub dataset by name.
+
+    Columns: one of `prompt`, `problem`, `question` (text) or `messages`; optionally `answer`, `teacher`, `completion`.
+    """
+
+    __pydantic_config__ = _PYDANTIC
+    prompts: str
+    split: str = "train"
+    """Of a Hub dataset."""
+    limit: Positive | None = None
+    """Use only the first rows."""
+    system_prompt: str | None = None
+    """Put before every prompt of the student."""
+    prompt_template: str | None = None
+    """The user message; `{column}` is filled from the dataset."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutConfig:
+    """How the student writes."""
+
+    __pydantic_config__ = _PYDANTIC
+    group_size: Positive = 2
+    """Completions per prompt; 2 [paper]."""
+    sampling_temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_completion_length: Positive = 1024
+    """In tokens; 16,384 [paper]."""
+    max_sequences: Positive = 64
+    """Sequences generated at once; bounds the key-value cache."""
+    lambda_on_policy: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of steps on the student's completions; the rest on the dataset's `completion` column (GKD)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """Benchmarks and how they are sampled."""
+
+    __pydantic_config__ = _PYDANTIC
+    benchmarks: tuple[str, ...] = ()
+    """Names (aime24, aime25, aimo, amc23, hmmt25, math500), Hub names, or paths with columns problem, answer."""
+    data_dir: str | None = None
+    """Folder searched first for NAME.jsonl."""
+    samples: Positive = 16
+    """Completions per problem: the k of avg@k."""
+    sampling_temperature: Annotated[float, Field(ge=0, le=10)] = 0.7
+    """0.7 [paper]; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_completion_length: Positive = 1024
+    max_sequences: Positive = 64
+    limit: Positive | None = None
+    """Use only the first problems."""
+    system_prompt: str | None = None
+    prompt_template: str | None = None
+    verify_timeout_s: Annotated[float, Field(gt=0)] = 5.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """One run. Names follow transformers.TrainingArguments where the thing is the same."""
+
+    __pydantic_config__ = _PYDANTIC
+    student: StudentConfig
+    teacher: TeacherConfig
+    data: DataConfig
+    output_dir: str
+    objective: ObjectiveConfig = field(default_factory=HiddenMSEConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    max_steps: Positive = 500
+    prompts_per_step: Positive = 8
+    """Over all processes."""
+    micro_batch_tokens: Positive = 16_384
+    """Padded positions of one forward and backward on one process; a longer completion goes alone."""
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-5
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    bf16: bool = False
+    """Compute in bfloat16 over float32 weights."""
+    seed: int = 0
+    max_skipped_steps: Positive = 5
+    """Stop after this many steps in a row with a non-finite loss or gradient."""
+
+    logging_steps: Positive = 1
+    health_tokens: NotNegative = 256
+    """Sampled tokens on which the health numbers are taken at every logged step; 0 switches them off."""
+    save_steps: Positive = 100
+    save_total_limit: Positive = 2
+    eval_steps: Positive | None = None
+    """Evaluate every so many steps, before the first and after the last; None: only at the end."""
+    report_to: tuple[Literal["trackio", "wandb", "tensorboard"], ...] = ()
+    resume_from_checkpoint: str | None = None
+    """`latest`, or a checkpoint folder of this run."""
+
+    def __post_init__(self) -> None:
+        for term in objective_terms(self.objective):
+            if isinstance(term, OutputKLConfig) and term.estimator == "sampled":
+                _check_sampled(self.rollout)
+
+
+def objective_terms(objective: ObjectiveConfig) -> tuple[HiddenMSEConfig | OutputKLConfig, ...]:
+    """The objectives that are summed: a mixture's terms, or the objective itself."""
+    return objective.terms if isinstance(objective, MixtureConfig) else (objective,)
+
+
+def _check_sampled(rollout: RolloutConfig) -> None:
+    given = {
+        "sampling_temperature": rollout.sampling_temperature,
+        "top_p": rollout.top_p,
+        "lambda_on_policy": rollout.lambda_on_policy,
+    }
+    for name, value in given.items():
+        if value != 1.0:
+            raise ConfigError(
+                f"estimator 'sampled' needs tokens sampled from the student's own distribution; rollout.{name} is "
+                f"{value}. Set it to 1, or use estimator 'full' or 'top_k'"
+            )
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `key.path=value` overrides, whose values are YAML.
+
+    Raises ConfigError for a missing file, bad YAML, an unknown key (with the nearest name) or a wrong type.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"recipe {path} must be a mapping of keys to values, got {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_recipe(tree)
+
+
+def parse_recipe(tree: Mapping[str, Any]) -> Recipe:
+    """A recipe from nested mappings, as YAML gives them. Raises ConfigError naming key, value and what is allowed."""
+    try:
+        # Through JSON because pydantic's strict mode then takes mappings for classes and lists for tuples, yet no "3" for 3.
+        return TypeAdapter(Recipe).validate_json(json.dumps(_floats(tree)))
+    except ValidationError as error:
+        raise ConfigError("\n".join(dict.fromkeys(_explain(line, tree) for line in error.errors()))) from None
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Nested mappings that `parse_recipe` reads back to an equal recipe."""
+    return TypeAdapter(Recipe).dump_python(recipe, mode="json")
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The whole recipe, every default spelled out."""
+    return yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} must look like key=value or section.key=value")
+    *parents, leaf = key.split(".")
+    for depth, parent in enumerate(parents):
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+    try:
+        tree[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
+
+
+def _floats(tree: Any) -> Any:
+    """YAML 1.1 reads 1e-5 as text; a recipe means the number."""
+    if isinstance(tree, Mapping):
+        return {key: _floats(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_floats(value) for value in tree]
+    if isinstance(tree, str) and tree[:1] in "0123456789.+-" and "e" in tree.lower():
+        try:
+            return float(tree)
+        except ValueError:
+            return tree
+    return tree
+
+
+def _explain(line: Any, tree: Mapping[str, Any]) -> str:
+    """One pydantic error as: where, what was given, what is allowed."""
+    where, kind, given = _path(line["loc"], tree), line["type"], line["input"]
+    if kind == "value_error":
+        return f"{where}: {line['ctx']['error']}" if where else str(line["ctx"]["error"])
+    if kind == "missing":
+        return f"{where}: this key is required"
+    if kind == "union_tag_not_found":
+        return f"{where}: key 'type' is required and says which variant is meant, got {given!r}"
+    if kind == "union_tag_invalid":
+        tags = line["ctx"]["expected_tags"]
+        return f"{where}.type: unknown type {line['ctx']['tag']!r}{_nearest(line['ctx']['tag'], tags)}; allowed: {tags}"
+    if kind == "unexpected_keyword_argument":
+        allowed = ", ".join(_fields_at(line["loc"][:-1]))
+        return f"{where}: unknown key{_nearest(str(line['loc'][-1]), allowed)}; allowed: {allowed}"
+    return f"{where}: {line['msg'].replace('Input should', 'should').replace('valid array', 'list')}, got {given!r}"
+
+
+def _nearest(given: str, allowed: str) -> str:
+    names = [name.strip(" '") for name in allowed.split(",")]
+    close = difflib.get_close_matches(given, names, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _path(loc: Sequence[str | int], tree: Any) -> str:
+    """pydantic's location without what is not in the recipe, such as the names of union variants: `objective.terms.1.k`."""
+    parts = []
+    for depth, key in enumerate(loc):
+        if isinstance(tree, Mapping) and key in tree:
+            tree = tree[key]
+        elif isinstance(tree, Sequence) and isinstance(key, int):
+            tree = tree[key]
+        elif isinstance(tree, Mapping) and depth == len(loc) - 1 and key in _fields_at(loc[:-1]):
+            pass  # a missing key
+        else:
+            continue
+        parts.append(str(key))
+    return ".".join(parts)
+
+
+def _fields_at(loc: Sequence[str | int]) -> list[str]:
+    """Names of the keys allowed at a location of the recipe."""
+    found: list[type] = [Recipe]
+    for key in loc:
+        tagged = [cls for cls in found if _tag(cls) == key]
+        if tagged:
+            found = tagged
+            continue
+        hints = [typing.get_type_hints(cls, include_extras=True) for cls in found]
+        inner = [cls for hint in hints if key in hint for cls in _dataclasses_in(hint[key])]
+        found = inner or found
+    return [f.name for f in dataclasses.fields(found[0])]
+
+
+def _tag(cls: type) -> object:
+    return next((f.default for f in dataclasses.fields(cls) if f.name == "type"), None)
+
+
+def _dataclasses_in(annotation: Any) -> list[type]:
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        return [annotation]
+    return [cls for argument in typing.get_args(annotation) for cls in _dataclasses_in(argument)]

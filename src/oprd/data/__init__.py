@@ -1,0 +1,1 @@
+"""From files to prompts, from prompts to padded tensors."""

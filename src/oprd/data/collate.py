@@ -1,0 +1,46 @@
+"""From ragged rollouts to padded tensors: the only padding outside the Hugging Face engine."""
+
+from collections.abc import Sequence
+
+import torch
+
+from oprd.types import MicroBatch, Rollouts
+
+
+def collate(
+    prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], *, pad_id: int, device: torch.device
+) -> MicroBatch:
+    """Prompt and completion of each row behind each other, padded on the right to the longest."""
+    rows = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+    width = max(map(len, rows))
+    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        input_ids[i, : len(row)] = torch.tensor(row)
+        attention_mask[i, : len(row)] = 1
+    return MicroBatch(
+        input_ids=input_ids.to(device),
+        attention_mask=attention_mask.to(device),
+        prompt_lengths=tuple(map(len, prompt_ids)),
+        completion_lengths=tuple(map(len, completion_ids)),
+    )
+
+
+def split_by_tokens(rollouts: Rollouts, budget: int) -> list[Rollouts]:
+    """Micro-batches of at most `budget` padded positions, of one teacher each, similar lengths together.
+
+    A single completion over the budget goes alone. Empty completions go along: their weight is zero.
+    """
+    def size(i: int) -> int:
+        return len(rollouts.prompts[i].token_ids) + len(rollouts.completion_ids[i])
+
+    order = sorted(range(len(rollouts)), key=lambda i: (rollouts.prompts[i].teacher or "", -size(i), i))
+    groups: list[list[int]] = []
+    for i in order:
+        longest = size(groups[-1][0]) if groups else 0
+        fits = groups and (len(groups[-1]) + 1) * longest <= budget
+        if fits and rollouts.prompts[groups[-1][0]].teacher == rollouts.prompts[i].teacher:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return [rollouts.take(group) for group in groups]

@@ -1,0 +1,29 @@
+"""What can go wrong, by kind. Every message says what was given, what is allowed, what to do."""
+
+
+class OprdError(ValueError):
+    """Base of every error a user can cause; the command line prints it without a traceback and exits with 2."""
+
+
+class ConfigError(OprdError):
+    """A recipe key, value or combination is not allowed."""
+
+
+class DataError(OprdError):
+    """A dataset is missing, empty or malformed."""
+
+
+class ModelError(OprdError):
+    """A model or tokenizer cannot be used as asked."""
+
+
+class TeacherMismatch(OprdError):
+    """The teacher does not provide what the objective needs, or does not fit the student."""
+
+
+class RunFolderError(OprdError):
+    """The output folder, or a checkpoint in it, cannot be used."""
+
+
+class TrainingStopped(OprdError):
+    """Training stopped by itself: the cause is in the message, the last checkpoint is intact."""

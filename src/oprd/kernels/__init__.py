@@ -1,0 +1,1 @@
+"""The math of the losses, on packed rows."""

@@ -1,0 +1,58 @@
+"""OPRD-Vanilla: On-Policy Representation Distillation, arXiv 2606.06021.
+
+    loss_t = mean over matched blocks l of (1/D) ||h_student(l, t) - sg(h_teacher(l, t))||^2
+
+at the positions of the sampled tokens themselves [code]. No LM head takes part on either side.
+"""
+
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from oprd.config import HiddenMSEConfig
+from oprd.errors import ConfigError
+from oprd.kernels.reference import hidden_mse, normalized_hidden_mse
+from oprd.objectives.base import Objective, token_selection
+from oprd.types import HiddenTargets, Reading, States
+
+
+@final
+class HiddenMSE(Objective):
+    """Mean squared error between hidden states of the same block."""
+
+    name = "oprd"
+    needs = HiddenTargets
+    uses_head = False
+
+    def __init__(self, config: HiddenMSEConfig, *, blocks: int, vocabulary: int) -> None:
+        self.tokens = token_selection(config.tokens, config.k)
+        self.reduction = config.reduction
+        self.coefficient = config.coefficient
+        self.readings = tuple(
+            Reading(block=block, at="completion", tokens=self.tokens) for block in select_blocks(config, blocks)
+        )
+        self._distance = normalized_hidden_mse if config.normalization == "l2" else hidden_mse
+
+    def per_token(self, student: States, teacher: HiddenTargets) -> Float[Tensor, " N"]:
+        distances = [
+            self._distance(student.hidden[reading], teacher.hidden[reading].to(student.hidden[reading].device))
+            for reading in self.readings
+        ]
+        return torch.stack(distances).mean(0)
+
+
+def select_blocks(config: HiddenMSEConfig, blocks: int) -> tuple[int, ...]:
+    """Matched blocks, from 1, of a model that has `blocks`. Raises ConfigError for one it does not have."""
+    if config.layers == "all":
+        return tuple(range(1, blocks + 1))
+    if config.layers == "last":
+        return (blocks,)
+    if isinstance(config.layers, str):
+        first = 2 if config.layers == "even" else 1
+        return tuple(range(first, blocks + 1, 2))
+    beyond = [block for block in config.layers if block > blocks]
+    if beyond:
+        raise ConfigError(f"objective.layers names block {beyond[0]}; the student has blocks 1 to {blocks}")
+    return tuple(sorted(config.layers))

@@ -1,0 +1,69 @@
+"""OPD: on-policy distillation in output space. GKD, arXiv 2306.13649, and its descendants.
+
+p = student, q = teacher, both at the position that predicts the sampled token. Estimators: `full` over the vocabulary,
+`top_k` with both distributions renormalised on a support of k tokens, `sampled` from the sampled token alone.
+"""
+
+from functools import partial
+from typing import final
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from oprd.config import OutputKLConfig
+from oprd.errors import ConfigError
+from oprd.kernels import reference
+from oprd.kernels.chunked import Divergence, head_divergence
+from oprd.objectives.base import Objective, token_selection
+from oprd.types import HiddenTargets, Reading, States
+
+
+@final
+class OutputKL(Objective):
+    """Divergence between next-token distributions, from hidden states and LM heads, chunk by chunk."""
+
+    needs = HiddenTargets
+    uses_head = True
+
+    def __init__(self, config: OutputKLConfig, *, blocks: int, vocabulary: int) -> None:
+        self.name = config.divergence
+        self.tokens = token_selection(config.tokens, config.k)
+        self.reduction = config.reduction
+        self.coefficient = config.coefficient
+        self._reading = Reading(block=blocks, at="prediction", tokens=self.tokens)
+        self.readings = (self._reading,)
+        self._divergence = divergence(config, vocabulary)
+
+    def per_token(self, student: States, teacher: HiddenTargets) -> Float[Tensor, " N"]:
+        assert student.head is not None and teacher.head is not None
+        return head_divergence(
+            student.hidden[self._reading],
+            student.head,
+            teacher.hidden[self._reading],
+            teacher.head,
+            student.batch.sampled_ids(self.tokens),
+            self._divergence,
+        )
+
+
+def divergence(config: OutputKLConfig, vocabulary: int) -> Divergence:
+    """The configured divergence as a function of both models' logits and the sampled ids."""
+    weight = {} if config.divergence != "jsd" else {"weight": config.jsd_weight or 0.5}
+    top_k = config.top_k or 16
+    if config.estimator == "top_k" and top_k > vocabulary:
+        raise ConfigError(f"objective.top_k is {top_k}; the vocabulary has {vocabulary} tokens")
+
+    exact = partial(getattr(reference, config.divergence), **weight)
+    from_sample = partial(getattr(reference, f"sampled_{config.divergence}"), **weight)
+
+    def full(student: Float[Tensor, "C V"], teacher: Float[Tensor, "C V"], ids: Int[Tensor, " C"]) -> Tensor:
+        return exact(student / config.kl_temperature, teacher / config.kl_temperature)
+
+    def on_top_k(student: Float[Tensor, "C V"], teacher: Float[Tensor, "C V"], ids: Int[Tensor, " C"]) -> Tensor:
+        support = config.support or "student"
+        return full(*reference.on_top_k(student, teacher, top_k, support), ids)
+
+    def sampled(student: Float[Tensor, "C V"], teacher: Float[Tensor, "C V"], ids: Int[Tensor, " C"]) -> Tensor:
+        return from_sample(reference.token_logprobs(student, ids), reference.token_logprobs(teacher, ids))
+
+    return {"full": full, "top_k": on_top_k, "sampled": sampled}[config.estimator]

@@ -1,0 +1,1 @@
+"""Teachers: who answers on what the student wrote."""

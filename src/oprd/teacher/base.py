@@ -1,0 +1,28 @@
+"""What the loop asks of a teacher."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import ClassVar
+
+from oprd.types import Prompt, Reading, Rollouts, TeacherTargets
+
+
+class Teacher(ABC):
+    """Answers on rollouts. Never gets gradient."""
+
+    provides: ClassVar[frozenset[type]]
+    """Target types this teacher can give."""
+
+    def prepare(self, rollouts: Rollouts) -> None:  # noqa: B027
+        """Called once a step with all rollouts of this process, before any targets. Local teachers do nothing;
+        remote ones send all their requests here."""
+
+    @abstractmethod
+    def targets(self, rollouts: Rollouts, readings: Iterable[Reading], *, head: bool) -> TeacherTargets:
+        """The teacher's answer on these rollouts, one entry per supervised completion token.
+
+        The teacher may read another prompt than the student; entries are paired by position in the completion.
+        """
+
+    def check_prompts(self, prompts: Iterable[Prompt]) -> None:  # noqa: B027
+        """Called once before training: raise DataError for a prompt this teacher cannot answer."""

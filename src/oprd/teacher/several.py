@@ -1,0 +1,39 @@
+"""Several teachers; each prompt names its own."""
+
+from collections.abc import Iterable, Mapping
+from typing import final
+
+from oprd.errors import DataError
+from oprd.teacher.base import Teacher
+from oprd.types import HiddenTargets, Prompt, Reading, Rollouts, TeacherTargets
+
+
+@final
+class SeveralTeachers(Teacher):
+    """Passes each micro-batch to the teacher its prompts name; a micro-batch never mixes teachers (`split_by_tokens`)."""
+
+    provides = frozenset({HiddenTargets})
+
+    def __init__(self, teachers: Mapping[str, Teacher]) -> None:
+        self._teachers = teachers
+
+    def check_prompts(self, prompts: Iterable[Prompt]) -> None:
+        prompts = tuple(prompts)
+        for prompt in prompts:
+            if prompt.teacher not in self._teachers:
+                raise DataError(
+                    f"row {prompt.row}: column 'teacher' is {prompt.teacher!r}, allowed: {', '.join(self._teachers)}"
+                )
+        for name, teacher in self._teachers.items():
+            teacher.check_prompts(p for p in prompts if p.teacher == name)
+
+    def prepare(self, rollouts: Rollouts) -> None:
+        for name, teacher in self._teachers.items():
+            rows = [i for i, prompt in enumerate(rollouts.prompts) if prompt.teacher == name]
+            if rows:
+                teacher.prepare(rollouts.take(rows))
+
+    def targets(self, rollouts: Rollouts, readings: Iterable[Reading], *, head: bool) -> TeacherTargets:
+        names = {prompt.teacher for prompt in rollouts.prompts}
+        assert len(names) == 1, names
+        return self._teachers[str(names.pop())].targets(rollouts, readings, head=head)

@@ -1,0 +1,179 @@
+"""The folder of a run: what was asked, on what machine, what happened.
+
+    recipe.yaml     the resolved recipe              metrics.jsonl     one line a step
+    run.json        versions, commit, machine        samples.jsonl     some completions
+    checkpoints/    to resume from                   evaluations.jsonl one line per evaluation and benchmark
+    student/        the trained student              evaluations/      every completion with its verdict
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+
+from oprd.config import Recipe, parse_recipe, recipe_to_dict, recipe_to_yaml
+from oprd.errors import RunFolderError
+
+MAY_CHANGE = (
+    "output_dir",
+    "resume_from_checkpoint",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "eval_steps",
+    "report_to",
+    "max_skipped_steps",
+)
+"""Recipe keys that may differ on resume: none of them changes a weight."""
+PACKAGES = ("oprd", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "math-verify")
+
+
+class RunFolder:
+    """Paths and appended files of one run. Only the main process writes."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.student = self.path / "student"
+        self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.jsonl"
+        self.evaluations = self.path / "evaluations.jsonl"
+
+    def check(self, recipe: Recipe, *, needed_gib: float) -> None:
+        """Raise RunFolderError unless this run may be written here, before anything is loaded.
+
+        `needed_gib`: disk space that the checkpoints and the final student take.
+        """
+        resuming = recipe.resume_from_checkpoint is not None
+        known = self.path / "recipe.yaml"
+        if known.is_file():
+            if not resuming:
+                raise RunFolderError(
+                    f"{self.path} holds another run; choose another output_dir, delete it, "
+                    "or continue it with resume_from_checkpoint=latest"
+                )
+            self._check_same(recipe, parse_recipe(yaml.safe_load(known.read_text(encoding="utf-8"))))
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise RunFolderError(f"{self.path} exists and is not a run folder; choose another output_dir")
+        self._check_writable(needed_gib)
+
+    def create(self, recipe: Recipe) -> None:
+        """Write down what was asked and where it runs; keep the record of an earlier start."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / "recipe.yaml").exists():
+            write_atomically(self.path / "recipe.yaml", recipe_to_yaml(recipe))
+            write_atomically(self.path / "run.json", json.dumps(describe_machine(), indent=2))
+
+    def append(self, file: Path, row: Mapping[str, Any]) -> None:
+        """Add one JSON line."""
+        with file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def cut_after(self, step: int) -> None:
+        """Forget the lines of steps after `step`: a resumed run writes them again. A torn last line goes as well."""
+        for file in (self.metrics, self.samples, self.evaluations):
+            if file.exists():
+                kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+                write_atomically(file, "".join(line + "\n" for line in kept))
+
+    def _check_same(self, recipe: Recipe, earlier: Recipe) -> None:
+        now, then = recipe_to_dict(recipe), recipe_to_dict(earlier)
+        changed = [k for k in now if k not in MAY_CHANGE and now[k] != then[k]]
+        if changed:
+            detail = "; ".join(f"{k}: {then[k]!r} then, {now[k]!r} now" for k in changed)
+            raise RunFolderError(
+                f"{self.path} holds a run of another recipe ({detail}). Resume it with its own "
+                f"{self.path / 'recipe.yaml'}, or choose another output_dir"
+            )
+
+    def _check_writable(self, needed_gib: float) -> None:
+        parent = self.path
+        while not parent.exists():
+            parent = parent.parent
+        try:
+            with tempfile.TemporaryFile(dir=parent):
+                pass
+        except OSError as error:
+            raise RunFolderError(f"cannot write to {parent}: {error.strerror}; choose another output_dir") from error
+        free_gib = shutil.disk_usage(parent).free / 2**30
+        if free_gib < needed_gib:
+            raise RunFolderError(
+                f"{parent} has {free_gib:.1f} GiB free, checkpoints and the student need about {needed_gib:.1f} GiB; "
+                "free some, choose another output_dir, or lower save_total_limit"
+            )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write aside, sync, rename: a reader sees the old file or the new one."""
+    aside = path.with_name(f".{path.name}.tmp")
+    with aside.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    aside.replace(path)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions, git commit of the working folder, and machine, for run.json and benchmark results."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "git_commit": _git_commit(),
+        "machine": {
+            "cpu": _cpu_name(),
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "system": platform.platform(),
+        },
+    }
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All rows of a file that this module wrote; none if it is missing."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except json.JSONDecodeError:
+        return float("inf")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

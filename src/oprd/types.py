@@ -1,0 +1,206 @@
+"""The data of one step, one frozen class per arrow:
+
+    PromptBatch --generate--> Rollouts --targets--> TeacherTargets --objective--> loss [N]
+
+Letters in shapes: B completions in a micro-batch, T positions after padding, N supervised tokens,
+V vocabulary, D hidden width, L transformer blocks, K entries of a support, C chunk, R bridge rank, G group size.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What the student is asked, and what else the dataset says about it."""
+
+    row: int
+    """Position in the dataset, from 0."""
+    messages: tuple[Message, ...]
+    token_ids: tuple[int, ...]
+    """The prompt as the student reads it, its chat template applied."""
+    answer: str | None = None
+    teacher: str | None = None
+    """Which of several teachers answers; None when there is only one."""
+    completion: str | None = None
+    """A given completion, for the off-policy share of the steps."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Every text column of the row, for templates of a privileged teacher prompt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptBatch:
+    """The prompts of one step on one process."""
+
+    prompts: tuple[Prompt, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollouts:
+    """Completions and the prompts they answer, ragged, one entry per completion."""
+
+    prompts: tuple[Prompt, ...]
+    completion_ids: tuple[tuple[int, ...], ...]
+    """Sampled token ids, the stop token included. May be empty for a completion."""
+    finished: tuple[bool, ...]
+    """False: cut at the length limit; no end-of-text is invented."""
+
+    def __post_init__(self) -> None:
+        sizes = (len(self.prompts), len(self.completion_ids), len(self.finished))
+        assert len(set(sizes)) == 1, sizes
+
+    def __len__(self) -> int:
+        return len(self.completion_ids)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each completion."""
+        return tuple(len(ids) for ids in self.completion_ids)
+
+    def take(self, rows: Sequence[int]) -> "Rollouts":
+        """The rollouts at `rows`, in that order."""
+        return Rollouts(
+            prompts=tuple(self.prompts[i] for i in rows),
+            completion_ids=tuple(self.completion_ids[i] for i in rows),
+            finished=tuple(self.finished[i] for i in rows),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSelection:
+    """Which sampled tokens of a completion are supervised. k is cut to the completion's length."""
+
+    keep: Literal["all", "first_k", "last_k", "last"]
+    k: int = 0
+
+    def span(self, length: int) -> tuple[int, int]:
+        """Half-open range of supervised tokens in a completion of `length` tokens."""
+        if self.keep == "all":
+            return 0, length
+        if self.keep == "first_k":
+            return 0, min(self.k, length)
+        k = 1 if self.keep == "last" else self.k
+        return length - min(k, length), length
+
+    def count(self, length: int) -> int:
+        start, stop = self.span(length)
+        return stop - start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """One hidden state to read off a model: which block, and where."""
+
+    block: int
+    """1..L. L is the state after the final norm, the others are before it (Hugging Face's convention)."""
+    at: Literal["completion", "prediction"]
+    """`completion`: at the sampled tokens. `prediction`: one to the left, where they are predicted from."""
+    tokens: TokenSelection
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Some rollouts as one model reads them, right-padded. The only place that knows about padding and masks."""
+
+    input_ids: Int[Tensor, "B T"]
+    attention_mask: Int[Tensor, "B T"]
+    prompt_lengths: tuple[int, ...]
+    completion_lengths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert self.input_ids.shape == self.attention_mask.shape, (self.input_ids.shape, self.attention_mask.shape)
+        assert len(self.input_ids) == len(self.prompt_lengths) == len(self.completion_lengths)
+        assert min(self.prompt_lengths) >= 1, "the first sampled token needs a position that predicts it"
+
+    @cached_property
+    def _masks(self) -> dict[tuple[str, TokenSelection], Bool[Tensor, "B T"]]:
+        return {}
+
+    def completion_mask(self, tokens: TokenSelection) -> Bool[Tensor, "B T"]:
+        """True where a selected sampled token stands (OPRD's positions [code])."""
+        return self._mask("completion", tokens, shift=0)
+
+    def prediction_mask(self, tokens: TokenSelection) -> Bool[Tensor, "B T"]:
+        """True where a selected sampled token is predicted from: one to the left (the KL family's positions)."""
+        return self._mask("prediction", tokens, shift=1)
+
+    def mask(self, reading: Reading) -> Bool[Tensor, "B T"]:
+        if reading.at == "completion":
+            return self.completion_mask(reading.tokens)
+        return self.prediction_mask(reading.tokens)
+
+    def sampled_ids(self, tokens: TokenSelection) -> Int[Tensor, " N"]:
+        """The selected sampled tokens' ids."""
+        return pack(self.input_ids, self.completion_mask(tokens))
+
+    def _mask(self, at: str, tokens: TokenSelection, shift: int) -> Bool[Tensor, "B T"]:
+        if (at, tokens) not in self._masks:
+            mask = torch.zeros(self.input_ids.shape, dtype=torch.bool)
+            for row, (prompt, length) in enumerate(zip(self.prompt_lengths, self.completion_lengths, strict=True)):
+                start, stop = tokens.span(length)
+                mask[row, prompt - shift + start : prompt - shift + stop] = True
+            self._masks[at, tokens] = mask.to(self.input_ids.device)
+        return self._masks[at, tokens]
+
+
+def pack(x: Tensor, mask: Bool[Tensor, "B T"]) -> Tensor:
+    """Entries of `x` [B, T, ...] where `mask` holds, as [N, ...]: completion by completion, left to right.
+
+    Two models that read the same completions behind different prompts therefore pack them in the same order.
+    """
+    return x[mask]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LMHead:
+    """The map from final hidden states to logits, as plain tensors."""
+
+    weight: Float[Tensor, "V D"]
+    bias: Float[Tensor, " V"] | None = None
+    scale: float = 1.0
+    """Factor on the logits (Granite, Cohere)."""
+    softcap: float | None = None
+    """Logits become softcap * tanh(logits / softcap) (Gemma 2)."""
+
+    def cut(self, vocabulary: int) -> "LMHead":
+        """The first `vocabulary` rows: padded vocabularies of equal content share them."""
+        if len(self.weight) == vocabulary:
+            return self
+        bias = None if self.bias is None else self.bias[:vocabulary]
+        return LMHead(weight=self.weight[:vocabulary], bias=bias, scale=self.scale, softcap=self.softcap)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class States:
+    """What was read off one model on one micro-batch."""
+
+    hidden: Mapping[Reading, Float[Tensor, "N D"]]
+    head: LMHead | None
+    batch: MicroBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HiddenTargets:
+    """A teacher's hidden states at the supervised tokens, before its LM head. No gradient."""
+
+    hidden: Mapping[Reading, Float[Tensor, "N D"]]
+    head: LMHead | None
+    """The teacher's head, for objectives that compare distributions; applied chunk by chunk, never kept."""
+
+
+TeacherTargets = HiddenTargets
+"""Closed union of what teachers answer."""
