@@ -1,1 +1,43 @@
 """oprd: on-policy distillation for people who ship models."""
+
+from oprd.config import (
+    DataConfig,
+    EvaluationConfig,
+    LoraConfig,
+    Recipe,
+    RolloutConfig,
+    StudentConfig,
+    load_recipe,
+)
+from oprd.config import HiddenMSEConfig as HiddenMSE
+from oprd.config import LocalTeacherConfig as LocalTeacher
+from oprd.config import MixtureConfig as Mixture
+from oprd.config import OutputKLConfig as OutputKL
+from oprd.config import SelfTeacherConfig as SelfTeacher
+from oprd.config import SeveralTeachersConfig as SeveralTeachers
+
+__all__ = [
+    "DataConfig",
+    "EvaluationConfig",
+    "HiddenMSE",
+    "LocalTeacher",
+    "LoraConfig",
+    "Mixture",
+    "OutputKL",
+    "Recipe",
+    "RolloutConfig",
+    "SelfTeacher",
+    "SeveralTeachers",
+    "StudentConfig",
+    "distill",
+    "load_recipe",
+]
+
+
+def __getattr__(name: str) -> object:
+    # torch and transformers take seconds to import; a recipe can be read without them
+    if name == "distill":
+        from oprd.train.run import distill
+
+        return distill
+    raise AttributeError(f"module 'oprd' has no attribute {name!r}")

@@ -100,9 +100,7 @@ class SeveralTeachersConfig:
             raise ConfigError("teachers is empty; give at least one `name: {type: ...}`")
 
 
-TeacherConfig = Annotated[
-    LocalTeacherConfig | SelfTeacherConfig | SeveralTeachersConfig, Discriminator("type")
-]
+TeacherConfig = Annotated[LocalTeacherConfig | SelfTeacherConfig | SeveralTeachersConfig, Discriminator("type")]
 
 Tokens = Literal["all", "first_k", "last_k", "last"]
 Reduction = Literal["token_mean", "sequence_mean"]
@@ -348,7 +346,12 @@ def parse_recipe(tree: Mapping[str, Any]) -> Recipe:
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """Nested mappings that `parse_recipe` reads back to an equal recipe."""
-    return TypeAdapter(Recipe).dump_python(recipe, mode="json")
+    return part_to_dict(recipe)
+
+
+def part_to_dict(part: Any) -> Any:
+    """A recipe, one of its sections, or a plain value, as YAML has it."""
+    return TypeAdapter(type(part)).dump_python(part, mode="json") if dataclasses.is_dataclass(part) else part
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
@@ -415,9 +418,7 @@ def _path(loc: Sequence[str | int], tree: Any) -> str:
     """pydantic's location without what is not in the recipe, such as the names of union variants: `objective.terms.1.k`."""
     parts = []
     for depth, key in enumerate(loc):
-        if isinstance(tree, Mapping) and key in tree:
-            tree = tree[key]
-        elif isinstance(tree, Sequence) and isinstance(key, int):
+        if (isinstance(tree, Mapping) and key in tree) or (isinstance(tree, Sequence) and isinstance(key, int)):
             tree = tree[key]
         elif isinstance(tree, Mapping) and depth == len(loc) - 1 and key in _fields_at(loc[:-1]):
             pass  # a missing key

@@ -6,8 +6,10 @@ of Hugging Face's `hidden_states` is so, and the authors' code uses that tuple [
 
 import contextlib
 import copy
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -181,7 +183,9 @@ def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokeni
 def load_student(config: StudentConfig, given: PreTrainedModel | None = None) -> PreTrainedModel:
     """The student in float32, with its adapter if asked for. `given` replaces loading by name."""
     if given is None:
-        model = _load(config.model, config.gguf_file, dtype=torch.float32, attn_implementation=config.attn_implementation)
+        model = _load(
+            config.model, config.gguf_file, dtype=torch.float32, attn_implementation=config.attn_implementation
+        )
     else:
         model = given.float()
     check_finite(model, config.model)
@@ -199,7 +203,9 @@ def load_student(config: StudentConfig, given: PreTrainedModel | None = None) ->
     return model
 
 
-def load_teacher(config: LocalTeacherConfig, device: torch.device, given: PreTrainedModel | None = None) -> PreTrainedModel:
+def load_teacher(
+    config: LocalTeacherConfig, device: torch.device, given: PreTrainedModel | None = None
+) -> PreTrainedModel:
     """A frozen model in its own dtype on its own device, in evaluation mode."""
     if given is None:
         quantization = None
@@ -220,6 +226,14 @@ def load_teacher(config: LocalTeacherConfig, device: torch.device, given: PreTra
         model = given
     check_finite(model, config.model)
     return model.eval().requires_grad_(False)
+
+
+def load_for_generation(model: str, gguf_file: str | None, device: torch.device) -> PreTrainedModel:
+    """A model to sample from: bfloat16 on a GPU, float32 on a CPU, where bfloat16 is slow. Adapters load on their base."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    loaded = _load(model, gguf_file, dtype=dtype, attn_implementation="sdpa").to(device)
+    check_finite(loaded, model)
+    return loaded.eval()
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -273,7 +287,9 @@ def check_finite(model: nn.Module, name: str) -> None:
     """Raise ModelError naming the first weight with a NaN or infinity."""
     for parameter_name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            raise ModelError(f"{name}: weight {parameter_name} holds NaN or infinite values; the file is broken or was trained through a divergence")
+            raise ModelError(
+                f"{name}: weight {parameter_name} holds NaN or infinite values; the file is broken or was trained through a divergence"
+            )
 
 
 # Agreement of two models
@@ -294,8 +310,7 @@ class Shape:
 def read_shape(model: str | PreTrainedModel, gguf_file: str | None = None) -> Shape:
     """The shape of a model given by folder, Hub name or object. Raises ModelError when there is none to read."""
     try:
-        given = model if isinstance(model, str) else model.config
-        loaded = AutoConfig.from_pretrained(given, **({"gguf_file": gguf_file} if gguf_file else {})) if isinstance(given, str) else given
+        loaded = model.config if isinstance(model, PreTrainedModel) else _config(model, gguf_file)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot read the config of {model!r}: {_first_line(error)}") from error
     text = loaded.get_text_config()
@@ -305,6 +320,13 @@ def read_shape(model: str | PreTrainedModel, gguf_file: str | None = None) -> Sh
         vocabulary=text.vocab_size,
         context=getattr(text, "max_position_embeddings", None) or 2**31,
     )
+
+
+def _config(model: str, gguf_file: str | None) -> Any:
+    adapter = Path(model) / "adapter_config.json"
+    if adapter.is_file():
+        model = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return AutoConfig.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
 
 
 def check_same_shape(student: Shape, teacher: Shape, name: str) -> None:

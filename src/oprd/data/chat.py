@@ -66,15 +66,21 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | 
         found.update(eos if isinstance(eos, list) else [eos])
     if tokenizer.eos_token_id is not None:
         found.add(tokenizer.eos_token_id)
-    end_of_turn = _end_of_turn(tokenizer)
-    if end_of_turn is not None:
-        found.add(end_of_turn)
+    after_assistant = _after_assistant(tokenizer)
+    if after_assistant is not None:
+        found.add(after_assistant)
     if not found:
         raise DataError("the tokenizer and the generation config name no stop token; completions would never end")
     return tuple(sorted(found))
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]) -> int:
+    """The stop token that ends an assistant message in text we write ourselves."""
+    after_assistant = _after_assistant(tokenizer)
+    return after_assistant if after_assistant is not None else stops[-1]
+
+
+def _after_assistant(tokenizer: PreTrainedTokenizerBase) -> int | None:
     if tokenizer.chat_template is None:
         return None
     marker = "1"

@@ -31,6 +31,7 @@ def split_by_tokens(rollouts: Rollouts, budget: int) -> list[Rollouts]:
 
     A single completion over the budget goes alone. Empty completions go along: their weight is zero.
     """
+
     def size(i: int) -> int:
         return len(rollouts.prompts[i].token_ids) + len(rollouts.completion_ids[i])
 

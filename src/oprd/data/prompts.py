@@ -18,19 +18,24 @@ TEXT_COLUMNS = ("prompt", "problem", "question")
 
 
 def load_prompts(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, context: int, given: datasets.Dataset | None = None
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context: int,
+    room: int,
+    given: datasets.Dataset | None = None,
 ) -> tuple[Prompt, ...]:
-    """Every prompt of the dataset, rendered with the student's chat template.
+    """Every prompt of the dataset, rendered with the model's chat template.
 
-    `context` is the student's context length in tokens. Raises DataError naming file and line for a malformed row, an
-    empty dataset, or a prompt that leaves no room for a completion.
+    `context` is the model's context length and `room` what completions may take of it, in tokens. Raises DataError naming
+    file and line for a malformed row, an empty dataset, or a prompt that does not leave that room.
     """
     rows = _rows_of(given) if given is not None else read_rows(config.prompts, config.split)
     prompts = []
     for number, (where, row) in enumerate(rows):
         if config.limit is not None and number >= config.limit:
             break
-        prompts.append(_prompt(number, where, row, config, tokenizer, context))
+        prompts.append(_prompt(number, where, row, config, tokenizer, context - room))
     if not prompts:
         raise DataError(f"{config.prompts}: the dataset is empty")
     return tuple(prompts)
@@ -129,7 +134,7 @@ def _prompt(
     row: Mapping[str, Any],
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
-    context: int,
+    longest: int,
 ) -> Prompt:
     columns = text_columns(row)
     try:
@@ -137,9 +142,10 @@ def _prompt(
     except DataError as error:
         raise error if str(error).startswith(where) else DataError(f"{where}: {error}") from None
     token_ids = render(tokenizer, messages)
-    if not 0 < len(token_ids) < context:
+    if not 0 < len(token_ids) <= longest:
         raise DataError(
-            f"{where}: the prompt has {len(token_ids)} tokens, the student's context is {context}; shorten or drop it"
+            f"{where}: the prompt has {len(token_ids)} tokens, the context less max_completion_length leaves {longest}; "
+            "shorten or drop the prompt, or lower max_completion_length"
         )
     answer, teacher = row.get("answer"), row.get("teacher")
     return Prompt(
@@ -177,6 +183,10 @@ def _messages(
 
 
 def _turn(where: str, turn: Any) -> Message:
-    if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
+    if (
+        not isinstance(turn, Mapping)
+        or not isinstance(turn.get("role"), str)
+        or not isinstance(turn.get("content"), str)
+    ):
         raise DataError(f"{where}: a message must have text 'role' and 'content', got {turn!r}")
     return Message(role=turn["role"], content=turn["content"])

@@ -61,7 +61,7 @@ class _HeadDivergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head, teacher_hidden, teacher_head, ids, divergence):  # noqa: ANN001, ANN205
+    def forward(ctx, hidden, weight, bias, head, teacher_hidden, teacher_head, ids, divergence):
         ctx.head, ctx.teacher_head, ctx.divergence = head, teacher_head, divergence
         ctx.wanted = ctx.needs_input_grad[:3]
         values, *grads = _sweep(hidden, head, teacher_hidden, teacher_head, ids, divergence, None, ctx.wanted)
@@ -69,7 +69,7 @@ class _HeadDivergence(torch.autograd.Function):
         return values
 
     @staticmethod
-    def backward(ctx, upstream):  # noqa: ANN001, ANN205
+    def backward(ctx, upstream):
         hidden, teacher_hidden, ids, _, _, grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         scale = upstream[0] if len(upstream) else upstream.sum()
         if grad_weight is not None and not torch.all(upstream == scale):

@@ -35,7 +35,7 @@ class HFEngine(RolloutEngine):
         self._max_sequences = max_sequences
         self._generate = generate or lm.model.generate
         self._autocast = autocast
-        self._same_steps = same_steps
+        self.same_steps = same_steps
 
     @torch.no_grad()
     def generate(self, prompts: PromptBatch, sampling: Sampling, *, seed: int) -> Rollouts:
@@ -71,7 +71,7 @@ class HFEngine(RolloutEngine):
         out = self._generate(
             input_ids=input_ids.to(self._lm.device),
             attention_mask=attention_mask.to(self._lm.device),
-            synced_gpus=self._same_steps,
+            synced_gpus=self.same_steps,
             generation_config=GenerationConfig(
                 do_sample=not greedy,
                 temperature=None if greedy else sampling.temperature,

@@ -92,7 +92,9 @@ def find_checkpoint(folder: Path, asked: str) -> Path | None:
         known = ", ".join(p.name for p in complete_checkpoints(folder)) or "none"
         raise RunFolderError(f"resume_from_checkpoint: {path} is not a complete checkpoint; this run has: {known}")
     if path.resolve().parent != folder.resolve():
-        raise RunFolderError(f"resume_from_checkpoint: {path} belongs to another run; this one keeps its own in {folder}")
+        raise RunFolderError(
+            f"resume_from_checkpoint: {path} belongs to another run; this one keeps its own in {folder}"
+        )
     return path
 
 

@@ -1,9 +1,9 @@
 """The folder of a run: what was asked, on what machine, what happened.
 
-    recipe.yaml     the resolved recipe              metrics.jsonl     one line a step
-    run.json        versions, commit, machine        samples.jsonl     some completions
-    checkpoints/    to resume from                   evaluations.jsonl one line per evaluation and benchmark
-    student/        the trained student              evaluations/      every completion with its verdict
+recipe.yaml     the resolved recipe              metrics.jsonl     one line a step
+run.json        versions, commit, machine        samples.jsonl     some completions
+checkpoints/    to resume from                   evaluations.jsonl one line per evaluation and benchmark
+student/        the trained student              evaluations/      every completion with its verdict
 """
 
 import json

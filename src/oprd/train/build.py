@@ -1,0 +1,300 @@
+"""From a recipe to a run that is ready to go: everything cheap is checked first, then the models are loaded."""
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from oprd.algorithm import DistillModel
+from oprd.config import Recipe, SelfTeacherConfig, SeveralTeachersConfig, TeacherConfig
+from oprd.data.chat import stop_ids
+from oprd.data.prompts import PromptSampler, load_prompts
+from oprd.errors import ConfigError, DataError, TeacherMismatch
+from oprd.evaluate.benchmarks import Benchmark, load_benchmarks
+from oprd.models import (
+    LanguageModel,
+    Shape,
+    check_same_shape,
+    check_same_tokens,
+    freeze_unused,
+    frozen_copy,
+    is_peft,
+    load_student,
+    load_teacher,
+    load_tokenizer,
+    read_shape,
+)
+from oprd.objectives import Objective, build_objectives
+from oprd.rollout.hf import HFEngine
+from oprd.teacher.base import Teacher
+from oprd.teacher.local import LocalTeacher
+from oprd.teacher.several import SeveralTeachers
+from oprd.train.checkpoint import find_checkpoint
+from oprd.train.run_folder import RunFolder
+from oprd.types import HiddenTargets, Prompt, Reading, States
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """Objects handed over from Python in place of names in the recipe."""
+
+    student: PreTrainedModel | None = None
+    teacher: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+    prompts: datasets.Dataset | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A run that is ready to go."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    folder: RunFolder
+    lm: LanguageModel
+    model: nn.Module
+    """DistillModel in its DDP or FSDP wrapper."""
+    objectives: tuple[Objective, ...]
+    readings: tuple[Reading, ...]
+    """Every hidden state some objective needs, once."""
+    uses_head: bool
+    teacher: Teacher
+    engine: HFEngine
+    prompts: tuple[Prompt, ...]
+    sampler: PromptSampler
+    benchmarks: tuple[Benchmark, ...]
+    stop_ids: tuple[int, ...]
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    read: Callable[..., Any]
+    """DistillModel.read, through the wrapper where weights are sharded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """What the cheap checks have read."""
+
+    tokenizer: PreTrainedTokenizerBase
+    shape: Shape
+    prompts: tuple[Prompt, ...]
+    benchmarks: tuple[Benchmark, ...]
+    objectives: tuple[Objective, ...]
+    teacher_tokenizers: dict[str, PreTrainedTokenizerBase]
+
+
+def check(recipe: Recipe, given: Given, *, world_size: int = 1) -> Checked:
+    """Everything that can be known before weights are loaded. Raises an OprdError for the first thing that is wrong."""
+    folder = RunFolder(recipe.output_dir)
+    student = given.student if given.student is not None else recipe.student.model
+    shape = read_shape(student, recipe.student.gguf_file)
+    folder.check(recipe, needed_gib=_disk_gib(recipe, student))
+    if recipe.resume_from_checkpoint is not None:
+        find_checkpoint(folder.checkpoints, recipe.resume_from_checkpoint)
+    if recipe.prompts_per_step % world_size:
+        raise ConfigError(
+            f"prompts_per_step is {recipe.prompts_per_step}, the processes are {world_size}; make it a multiple"
+        )
+    if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise ConfigError("bf16 is true, but this GPU does not support bfloat16; set bf16=false")
+    objectives = build_objectives(recipe.objective, blocks=shape.blocks, vocabulary=shape.vocabulary)
+    tokenizer = given.tokenizer or load_tokenizer(recipe.student.model, recipe.student.gguf_file)
+    tokenizers = _check_teacher(recipe, given, shape, tokenizer, objectives)
+    room = recipe.rollout.max_completion_length
+    prompts = load_prompts(recipe.data, tokenizer, context=shape.context, room=room, given=given.prompts)
+    if recipe.rollout.lambda_on_policy < 1:
+        bare = next((prompt for prompt in prompts if not prompt.completion), None)
+        if bare is not None:
+            raise DataError(
+                f"rollout.lambda_on_policy is {recipe.rollout.lambda_on_policy}, but row {bare.row} of "
+                f"{recipe.data.prompts} has no column 'completion'"
+            )
+    benchmarks = load_benchmarks(recipe.evaluation, tokenizer, context=shape.context)
+    return Checked(
+        tokenizer=tokenizer,
+        shape=shape,
+        prompts=prompts,
+        benchmarks=benchmarks,
+        objectives=objectives,
+        teacher_tokenizers=tokenizers,
+    )
+
+
+def build(recipe: Recipe, given: Given | None = None) -> Run:
+    """Check, load, wrap."""
+    given = given or Given()
+    # the recipe says it all: a launcher's mixed precision setting is not looked at
+    accelerator = Accelerator(
+        mixed_precision="bf16" if recipe.bf16 else "no",
+        log_with=list(recipe.report_to) or None,
+        project_dir=recipe.output_dir,
+    )
+    checked = check(recipe, given, world_size=accelerator.num_processes)
+    accelerator.wait_for_everyone()
+    folder = RunFolder(recipe.output_dir)
+
+    student = load_student(recipe.student, given.student)
+    lm = LanguageModel(model=student, tokenizer=checked.tokenizer, name=recipe.student.model)
+    objectives = checked.objectives
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    frozen = None
+    if not is_peft(student) and _self_teachers(recipe.teacher):
+        frozen = frozen_copy(student).to(accelerator.device)
+    distill = DistillModel(lm, objectives)
+    freeze_unused(lm, max(reading.block for reading in distill.readings), head=distill.uses_head)
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in distill.parameters() if parameter.requires_grad],
+        lr=recipe.learning_rate,
+        betas=(recipe.adam_beta1, recipe.adam_beta2),
+        eps=recipe.adam_epsilon,
+        weight_decay=recipe.weight_decay,
+    )
+    model, prepared = accelerator.prepare(distill, optimizer)
+    assert isinstance(prepared.optimizer, torch.optim.Optimizer)
+    if isinstance(model, FSDPModule):
+        for method in ("read", "generate"):
+            register_fsdp_forward_method(model, method)
+    inner = accelerator.unwrap_model(model, keep_torch_compile=False)
+
+    def read(batch: Any, readings: Any, head: bool, then: Callable[[States], Any] = lambda states: states) -> Any:
+        with accelerator.autocast():
+            return inner.read(batch, readings, head, then)
+
+    teacher = _build_teacher(recipe.teacher, given, checked, lm, frozen, accelerator, read)
+    if HiddenTargets not in teacher.provides:
+        raise TeacherMismatch(f"{type(teacher).__name__} does not provide hidden states")
+    teacher.check_prompts(checked.prompts)
+    stops = stop_ids(checked.tokenizer, lm.core.generation_config)
+    engine = HFEngine(
+        lm,
+        stops,
+        max_sequences=recipe.rollout.max_sequences,
+        generate=inner.generate,
+        autocast=accelerator.autocast,
+        same_steps=sharded,
+    )
+    return Run(
+        recipe=recipe,
+        accelerator=accelerator,
+        folder=folder,
+        lm=lm,
+        model=model,
+        objectives=objectives,
+        readings=distill.readings,
+        uses_head=distill.uses_head,
+        teacher=teacher,
+        engine=engine,
+        prompts=checked.prompts,
+        sampler=PromptSampler(
+            checked.prompts,
+            per_step=recipe.prompts_per_step,
+            seed=recipe.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        ),
+        benchmarks=checked.benchmarks,
+        stop_ids=stops,
+        optimizer=prepared.optimizer,
+        scheduler=get_scheduler(
+            recipe.lr_scheduler_type,
+            prepared.optimizer,
+            num_warmup_steps=math.ceil(recipe.warmup_ratio * recipe.max_steps),
+            num_training_steps=recipe.max_steps,
+        ),
+        read=read,
+    )
+
+
+def _self_teachers(config: TeacherConfig) -> bool:
+    members = config.teachers.values() if isinstance(config, SeveralTeachersConfig) else (config,)
+    return any(isinstance(member, SelfTeacherConfig) for member in members)
+
+
+def _check_teacher(
+    recipe: Recipe,
+    given: Given,
+    shape: Shape,
+    tokenizer: PreTrainedTokenizerBase,
+    objectives: tuple[Objective, ...],
+) -> dict[str, PreTrainedTokenizerBase]:
+    """Tokenizer of every local teacher by its name, after checking it against the student."""
+    several = isinstance(recipe.teacher, SeveralTeachersConfig)
+    members = recipe.teacher.teachers if several else {"": recipe.teacher}
+    tokenizers = {}
+    for name, member in members.items():
+        if isinstance(member, SelfTeacherConfig):
+            tokenizers[name] = tokenizer
+            continue
+        model = given.teacher if given.teacher is not None and not several else member.model
+        # different vocabularies first: that is the reason a user has to hear when both differ
+        own = given.teacher_tokenizer or (tokenizer if given.teacher is not None else None)
+        tokenizers[name] = own or load_tokenizer(member.model, member.gguf_file)
+        check_same_tokens(tokenizer, tokenizers[name], member.model)
+        if any(not objective.uses_head for objective in objectives):
+            check_same_shape(shape, read_shape(model, member.gguf_file), member.model)
+    return tokenizers
+
+
+def _build_teacher(
+    config: TeacherConfig,
+    given: Given,
+    checked: Checked,
+    lm: LanguageModel,
+    frozen: PreTrainedModel | None,
+    accelerator: Accelerator,
+    read: Callable[..., Any],
+    name: str = "",
+) -> Teacher:
+    if isinstance(config, SeveralTeachersConfig):
+        build_one = partial(
+            _build_teacher, given=Given(), checked=checked, lm=lm, frozen=frozen, accelerator=accelerator
+        )
+        return SeveralTeachers({n: build_one(member, read=read, name=n) for n, member in config.teachers.items()})
+    if isinstance(config, SelfTeacherConfig):
+        own = (
+            lm
+            if frozen is None
+            else LanguageModel(model=frozen, tokenizer=checked.tokenizer, name=f"{lm.name} at start")
+        )
+        off: Callable[[], contextlib.AbstractContextManager[Any]] = (
+            lm.model.disable_adapter if frozen is None else contextlib.nullcontext  # type: ignore[assignment]
+        )
+        return LocalTeacher(
+            own,
+            context=checked.shape.context,
+            system_prompt=config.system_prompt,
+            prompt_template=config.prompt_template,
+            read=read if frozen is None else None,
+            without_adapter=off,
+        )
+    model = load_teacher(config, accelerator.device, given.teacher)
+    return LocalTeacher(
+        LanguageModel(model=model, tokenizer=checked.teacher_tokenizers[name], name=config.model),
+        context=read_shape(model).context,
+        system_prompt=config.system_prompt,
+        prompt_template=config.prompt_template,
+    )
+
+
+def _disk_gib(recipe: Recipe, student: str | PreTrainedModel) -> float:
+    """Checkpoints hold weights and two moments of what is trained, in float32; the student is written once more."""
+    if isinstance(student, str):
+        from transformers import AutoConfig
+
+        options = {"gguf_file": recipe.student.gguf_file} if recipe.student.gguf_file else {}
+        with torch.device("meta"):
+            student = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(student, **options))
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    if recipe.student.lora is not None:
+        return 0.02 + parameters * 0.05 * 4 * 3 * (recipe.save_total_limit + 1) / 2**30
+    return (parameters * 4 * 3 * (recipe.save_total_limit + 1) + parameters * 4) / 2**30
