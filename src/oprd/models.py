@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class LanguageModel:
     @property
     def pad_id(self) -> int:
         """Any valid id: padded positions are masked out."""
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        return cast(int, self.tokenizer.pad_token_id) if self.tokenizer.pad_token_id is not None else 0
 
     def head(self) -> LMHead:
         """The LM head as tensors that take part in autograd. Raises ModelError when it is more than one linear map."""
@@ -241,7 +241,7 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def _load(model: str, gguf_file: str | None, **kwargs: Any) -> PreTrainedModel:
+def _load(model: str, gguf_file: str | None, **kwargs: Any) -> Any:
     if gguf_file:
         kwargs["gguf_file"] = gguf_file
     try:
@@ -252,7 +252,7 @@ def _load(model: str, gguf_file: str | None, **kwargs: Any) -> PreTrainedModel:
         raise ModelError(f"cannot load model {model!r}: {_first_line(error)}") from error
     if gguf_file:
         # the weights are plain tensors now; a config that says otherwise makes the saved folder unloadable
-        del loaded.config.quantization_config
+        delattr(loaded.config, "quantization_config")
     return loaded
 
 
@@ -354,7 +354,7 @@ def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
             "or OPRD-Bridge (objective 'oprd_bridge', planned)"
         )
     for text in PROBE_TEXTS:
-        a, b = (t(text, add_special_tokens=False)["input_ids"] for t in (student, teacher))
+        a, b = (list(cast(list[int], t(text, add_special_tokens=False)["input_ids"])) for t in (student, teacher))
         if a != b:
             raise TeacherMismatch(f"teacher {name} has the student's vocabulary but splits {text!r} as {b}, not {a}")
 

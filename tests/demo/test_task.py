@@ -2,7 +2,7 @@ import json
 import random
 import re
 
-from oprd.demo.task import Sum, completion, sums, wrong_completion, write_jsonl
+from oprd.demo.task import Sum, completion, sums, write_jsonl, wrong_completion
 
 STEP = re.compile(r"^(-?\d+)([+-]\d+)=(-?\d+)$")
 

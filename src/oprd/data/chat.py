@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -43,6 +44,16 @@ def with_prompt(
     return tuple(turns)
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> tuple[int, ...]:
+    """The text's token ids; `special` adds what the tokenizer puts around plain text (a beginning of text)."""
+    return tuple(cast(list[int], tokenizer(text, add_special_tokens=special)["input_ids"]))
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special: bool = False) -> str:
+    """The ids' text, with or without special tokens."""
+    return cast(str, tokenizer.decode(list(ids), skip_special_tokens=not special))
+
+
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[int, ...]:
     """The conversation up to where the assistant starts to write, as token ids.
 
@@ -50,11 +61,9 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> t
     """
     if tokenizer.chat_template is None:
         text = "\n\n".join(turn.content for turn in messages)
-        return tuple(tokenizer(text)["input_ids"])
-    turns = [{"role": turn.role, "content": turn.content} for turn in messages]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return encode(tokenizer, text, special=True)
     # the template writes its own special tokens, so none are added a second time
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return encode(tokenizer, _apply_template(tokenizer, messages, add_generation_prompt=True))
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> tuple[int, ...]:
@@ -65,7 +74,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | 
         eos = generation.eos_token_id
         found.update(eos if isinstance(eos, list) else [eos])
     if tokenizer.eos_token_id is not None:
-        found.add(tokenizer.eos_token_id)
+        found.add(cast(int, tokenizer.eos_token_id))
     after_assistant = _after_assistant(tokenizer)
     if after_assistant is not None:
         found.add(after_assistant)
@@ -84,8 +93,16 @@ def _after_assistant(tokenizer: PreTrainedTokenizerBase) -> int | None:
     if tokenizer.chat_template is None:
         return None
     marker = "1"
-    turns = [{"role": "user", "content": marker}, {"role": "assistant", "content": marker}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    turns = (Message(role="user", content=marker), Message(role="assistant", content=marker))
+    text = _apply_template(tokenizer, turns, add_generation_prompt=False)
     after = text[text.rindex(marker) + len(marker) :]
     special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    return next((i for i in tokenizer(after, add_special_tokens=False)["input_ids"] if i in special), None)
+    return next((i for i in encode(tokenizer, after) if i in special), None)
+
+
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool
+) -> str:
+    turns = [{"role": turn.role, "content": turn.content} for turn in messages]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+    return cast(str, text)

@@ -3,10 +3,11 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from oprd.config import DataConfig
@@ -74,13 +75,13 @@ def read_rows(source: str, split: str = "train") -> Iterator[tuple[str, Mapping[
         kind = path.suffix[1:]
         try:
             loaded = datasets.load_dataset(kind, data_files=str(path), split="train")
-        except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        except (OSError, ValueError, DatasetGenerationError) as error:
             raise DataError(f"{path}: cannot be read as {kind}: {error}") from error
         yield from _rows_of(loaded, source)
     else:
         try:
             loaded = datasets.load_dataset(source, split=split)
-        except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        except (OSError, ValueError, DatasetNotFoundError) as error:
             raise DataError(
                 f"{source!r} is neither a .jsonl, .parquet or .csv file nor a dataset that can be reached: {error}"
             ) from error
@@ -125,7 +126,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _rows_of(dataset: datasets.Dataset, source: str = "dataset") -> Iterator[tuple[str, Mapping[str, Any]]]:
     for number, row in enumerate(dataset, start=1):
-        yield f"{source}, row {number}", row
+        yield f"{source}, row {number}", cast(Mapping[str, Any], row)
 
 
 def _prompt(

@@ -12,6 +12,7 @@ from oprd.evaluate.verify import Verifier
 from transformers import PreTrainedTokenizerBase
 
 from oprd.config import EvaluationConfig
+from oprd.data.chat import decode
 from oprd.evaluate import metrics
 from oprd.evaluate.benchmarks import Benchmark
 from oprd.rollout.base import RolloutEngine, Sampling
@@ -125,7 +126,7 @@ def score(name: str, rows: list[dict[str, Any]], config: EvaluationConfig) -> Ev
 
 
 def _rows(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, verifier: Verifier) -> list[dict[str, Any]]:
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in rollouts.completion_ids]
+    texts = [decode(tokenizer, ids) for ids in rollouts.completion_ids]
     verdicts = verifier.verify(texts, [str(prompt.answer) for prompt in rollouts.prompts])
     together = zip(rollouts.prompts, rollouts.completion_ids, rollouts.finished, texts, verdicts, strict=True)
     return [

@@ -17,6 +17,13 @@ from oprd.kernels.chunked import Divergence, head_divergence
 from oprd.objectives.base import Objective, token_selection
 from oprd.types import HiddenTargets, Reading, States
 
+EXACT = {"reverse_kl": reference.reverse_kl, "forward_kl": reference.forward_kl, "jsd": reference.jsd}
+FROM_SAMPLE = {
+    "reverse_kl": reference.sampled_reverse_kl,
+    "forward_kl": reference.sampled_forward_kl,
+    "jsd": reference.sampled_jsd,
+}
+
 
 @final
 class OutputKL(Objective):
@@ -35,7 +42,8 @@ class OutputKL(Objective):
         self._divergence = divergence(config, vocabulary)
 
     def per_token(self, student: States, teacher: HiddenTargets) -> Float[Tensor, " N"]:
-        assert student.head is not None and teacher.head is not None
+        assert student.head is not None
+        assert teacher.head is not None
         return head_divergence(
             student.hidden[self._reading],
             student.head,
@@ -53,8 +61,8 @@ def divergence(config: OutputKLConfig, vocabulary: int) -> Divergence:
     if config.estimator == "top_k" and top_k > vocabulary:
         raise ConfigError(f"objective.top_k is {top_k}; the vocabulary has {vocabulary} tokens")
 
-    exact = partial(getattr(reference, config.divergence), **weight)
-    from_sample = partial(getattr(reference, f"sampled_{config.divergence}"), **weight)
+    exact = partial(EXACT[config.divergence], **weight)
+    from_sample = partial(FROM_SAMPLE[config.divergence], **weight)
 
     def full(student: Float[Tensor, "C V"], teacher: Float[Tensor, "C V"], ids: Int[Tensor, " C"]) -> Tensor:
         return exact(student / config.kl_temperature, teacher / config.kl_temperature)

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from transformers import GenerationConfig
@@ -33,7 +33,7 @@ class HFEngine(RolloutEngine):
         self._lm = lm
         self._stop_ids = stop_ids
         self._max_sequences = max_sequences
-        self._generate = generate or lm.model.generate
+        self._generate = generate or cast(Callable[..., Any], lm.model.generate)
         self._autocast = autocast
         self.same_steps = same_steps
 

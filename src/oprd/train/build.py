@@ -2,10 +2,10 @@
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
@@ -13,10 +13,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from oprd.algorithm import DistillModel
-from oprd.config import Recipe, SelfTeacherConfig, SeveralTeachersConfig, TeacherConfig
+from oprd.config import LocalTeacherConfig, Recipe, SelfTeacherConfig, SeveralTeachersConfig, TeacherConfig
 from oprd.data.chat import stop_ids
 from oprd.data.prompts import PromptSampler, load_prompts
 from oprd.errors import ConfigError, DataError, TeacherMismatch
@@ -148,7 +148,7 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
     objectives = checked.objectives
     sharded = accelerator.distributed_type == DistributedType.FSDP
     frozen = None
-    if not is_peft(student) and _self_teachers(recipe.teacher):
+    if not is_peft(student) and any(isinstance(m, SelfTeacherConfig) for m in _members(recipe.teacher).values()):
         frozen = frozen_copy(student).to(accelerator.device)
     distill = DistillModel(lm, objectives)
     freeze_unused(lm, max(reading.block for reading in distill.readings), head=distill.uses_head)
@@ -163,8 +163,8 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
     assert isinstance(prepared.optimizer, torch.optim.Optimizer)
     if isinstance(model, FSDPModule):
         for method in ("read", "generate"):
-            register_fsdp_forward_method(model, method)
-    inner = accelerator.unwrap_model(model, keep_torch_compile=False)
+            register_fsdp_forward_method(cast(nn.Module, model), method)
+    inner = cast(DistillModel, accelerator.unwrap_model(model, keep_torch_compile=False))
 
     def read(batch: Any, readings: Any, head: bool, then: Callable[[States], Any] = lambda states: states) -> Any:
         with accelerator.autocast():
@@ -180,7 +180,7 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
         stops,
         max_sequences=recipe.rollout.max_sequences,
         generate=inner.generate,
-        autocast=accelerator.autocast,
+        autocast=lambda: accelerator.autocast(),
         same_steps=sharded,
     )
     return Run(
@@ -188,7 +188,7 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
         accelerator=accelerator,
         folder=folder,
         lm=lm,
-        model=model,
+        model=cast(nn.Module, model),
         objectives=objectives,
         readings=distill.readings,
         uses_head=distill.uses_head,
@@ -215,9 +215,9 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
     )
 
 
-def _self_teachers(config: TeacherConfig) -> bool:
-    members = config.teachers.values() if isinstance(config, SeveralTeachersConfig) else (config,)
-    return any(isinstance(member, SelfTeacherConfig) for member in members)
+def _members(config: TeacherConfig) -> Mapping[str, LocalTeacherConfig | SelfTeacherConfig]:
+    """The teachers by name; a single one has none."""
+    return config.teachers if isinstance(config, SeveralTeachersConfig) else {"": config}
 
 
 def _check_teacher(
@@ -229,9 +229,8 @@ def _check_teacher(
 ) -> dict[str, PreTrainedTokenizerBase]:
     """Tokenizer of every local teacher by its name, after checking it against the student."""
     several = isinstance(recipe.teacher, SeveralTeachersConfig)
-    members = recipe.teacher.teachers if several else {"": recipe.teacher}
     tokenizers = {}
-    for name, member in members.items():
+    for name, member in _members(recipe.teacher).items():
         if isinstance(member, SelfTeacherConfig):
             tokenizers[name] = tokenizer
             continue
@@ -289,11 +288,11 @@ def _build_teacher(
 def _disk_gib(recipe: Recipe, student: str | PreTrainedModel) -> float:
     """Checkpoints hold weights and two moments of what is trained, in float32; the student is written once more."""
     if isinstance(student, str):
-        from transformers import AutoConfig
-
         options = {"gguf_file": recipe.student.gguf_file} if recipe.student.gguf_file else {}
         with torch.device("meta"):
-            student = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(student, **options))
+            student = cast(
+                PreTrainedModel, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(student, **options))
+            )
     parameters = sum(parameter.numel() for parameter in student.parameters())
     if recipe.student.lora is not None:
         return 0.02 + parameters * 0.05 * 4 * 3 * (recipe.save_total_limit + 1) / 2**30

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from oprd.errors import RunFolderError
 from oprd.train.run_folder import write_atomically
@@ -44,7 +45,7 @@ def save_checkpoint(
     weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside, no_dist=accelerator.num_processes == 1)
+        save({"model": weights, "optimizer": moments}, checkpoint_id=aside, no_dist=accelerator.num_processes == 1)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_atomically(aside / "state.json", json.dumps({"step": step} | state, indent=2))
@@ -67,7 +68,7 @@ def load_checkpoint(
     stored = {"model": weights, "optimizer": moments}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-        dcp.load(stored, checkpoint_id=path, no_dist=accelerator.num_processes == 1)
+        load(stored, checkpoint_id=path, no_dist=accelerator.num_processes == 1)
     set_state_dict(
         model, optimizer, model_state_dict=stored["model"], optim_state_dict=stored["optimizer"], options=_OPTIONS
     )

@@ -72,7 +72,8 @@ def measure(student: States, teacher: HiddenTargets) -> torch.Tensor:
         for r in student.hidden
         if r.at == "completion" and student.hidden[r].shape == teacher.hidden[r].shape
     ]
-    assert student.head is not None and teacher.head is not None
+    assert student.head is not None
+    assert teacher.head is not None
     ids = student.batch.sampled_ids(_ALL)
     vocabulary = min(len(student.head.weight), len(teacher.head.weight))
     p = logits(student.hidden[predicted], student.head.cut(vocabulary))

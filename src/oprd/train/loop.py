@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
 
 from oprd.algorithm import collect
 from oprd.config import recipe_to_yaml
-from oprd.data.chat import end_of_turn
+from oprd.data.chat import decode, encode, end_of_turn
 from oprd.data.collate import collate, split_by_tokens
 from oprd.errors import TrainingStopped
 from oprd.evaluate.run import Evaluation, evaluate
@@ -134,12 +135,13 @@ def _step(run: Run, progress: Progress, bar: Bar) -> None:
         rollouts = _rollouts(run, step)
     torch.manual_seed(derive_seed(recipe.seed, "update", step, rank))  # dropout
     update = update_step(run, rollouts, clock)
+    learning_rate = run.scheduler.get_last_lr()[0]
     run.scheduler.step()
     progress.step = step
     progress.skipped_in_a_row = 0 if update.finite else progress.skipped_in_a_row + 1
     progress.skipped_steps += not update.finite
     health = _health(run, rollouts) if recipe.health_tokens and step % recipe.logging_steps == 0 else None
-    metrics = _metrics(run, update, health, rollouts)
+    metrics = _metrics(run, update, health, rollouts) | {"train/learning_rate": learning_rate}
     bar.advance(1, _note(run.objectives, update, health))
     if run.accelerator.is_main_process and step % recipe.logging_steps == 0:
         skipped = {"train/skipped_steps/total": progress.skipped_steps}
@@ -148,7 +150,7 @@ def _step(run: Run, progress: Progress, bar: Bar) -> None:
         run.accelerator.log(metrics | skipped | machine, step=step)
         for row in _samples(run, rollouts):
             run.folder.append(run.folder.samples, {"step": step} | row)
-    _warn_of_truncation(run, progress, metrics["rollout/truncated/share"])
+    _warn_of_truncation(run, progress, float(metrics["rollout/truncated/share"]))
     if progress.skipped_in_a_row >= recipe.max_skipped_steps:
         raise TrainingStopped(
             f"{progress.skipped_in_a_row} steps in a row had a non-finite loss or gradient (losses "
@@ -207,7 +209,7 @@ def update_step(run: Run, rollouts: Rollouts, clock: Clock) -> Update:
             sums += torch.stack([total.detach().double().cpu() for total in totals_here])
     with clock.section("update"):
         grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), run.recipe.max_grad_norm)
-        norm = float(grad_norm.full_tensor() if isinstance(grad_norm, torch.distributed.tensor.DTensor) else grad_norm)
+        norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else cast(torch.Tensor, grad_norm))
         losses = (_gather(run, sums.tolist()).sum(0) / denominators).tolist()
         finite = math.isfinite(norm) and all(map(math.isfinite, losses))
         if finite:
@@ -243,7 +245,7 @@ def _given_rollouts(run: Run, prompts: Sequence[Prompt]) -> Rollouts:
     """The dataset's own completions, ended by the stop token unless they are too long."""
     tokenizer, longest = run.lm.tokenizer, run.recipe.rollout.max_completion_length
     stop = end_of_turn(tokenizer, run.stop_ids)
-    ids = [(*tokenizer(prompt.completion, add_special_tokens=False)["input_ids"], stop) for prompt in prompts]
+    ids = [(*encode(tokenizer, prompt.completion or ""), stop) for prompt in prompts]
     rollouts = Rollouts(
         prompts=tuple(prompts),
         completion_ids=tuple(row[:longest] for row in ids),
@@ -280,7 +282,6 @@ def _metrics(run: Run, update: Update, health: Health | None, rollouts: Rollouts
         "train/loss/mean": total,
         **{f"train/{name}/mean": loss for name, loss in zip(names, update.losses, strict=True)},
         "train/grad_norm": update.grad_norm,
-        "train/learning_rate": run.scheduler.get_last_lr()[0],
         "tokens/generated/sum": int(generated),
         "tokens/supervised/sum": max(update.supervised),
         "rollout/length/mean": generated / completions,
@@ -303,7 +304,7 @@ def _samples(run: Run, rollouts: Rollouts) -> list[dict[str, Any]]:
         {
             "row": rollouts.prompts[i].row,
             "prompt": rollouts.prompts[i].messages[-1].content,
-            "completion": run.lm.tokenizer.decode(rollouts.completion_ids[i], skip_special_tokens=False),
+            "completion": decode(run.lm.tokenizer, rollouts.completion_ids[i], special=True),
             "finished": rollouts.finished[i],
             "length": len(rollouts.completion_ids[i]),
         }

@@ -1,6 +1,7 @@
 """The trained student as a folder that `AutoModelForCausalLM.from_pretrained` loads, with a card that says how it came to be."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -19,12 +20,13 @@ def save_student(run: Run, evaluations: Sequence[Evaluation]) -> None:
     gathered = get_model_state_dict(run.model, options=options)
     if not run.accelerator.is_main_process:
         return
-    weights = {name.removeprefix(_STUDENT): value for name, value in gathered.items()}
+    weights = {name.removeprefix(_STUDENT): cast(torch.Tensor, value) for name, value in gathered.items()}
     dtype = torch.bfloat16 if run.recipe.bf16 else torch.float32
     run.lm.model.save_pretrained(
         run.folder.student, state_dict={name: value.to(dtype) for name, value in weights.items()}
     )
     run.lm.tokenizer.save_pretrained(run.folder.student)
+    run.lm.core.generation_config.save_pretrained(run.folder.student)
     (run.folder.student / "README.md").write_text(model_card(run, evaluations), encoding="utf-8")
 
 

