@@ -139,7 +139,7 @@ def _rows(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, verifier: Veri
             "finished": finished,
             "ids": ids,
         }
-        | dataclasses.asdict(verdict)
+        | {"correct": verdict.correct, "outcome": verdict.outcome, "extracted": verdict.extracted}
         for prompt, ids, finished, text, verdict in together
     ]
 

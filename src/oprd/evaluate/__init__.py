@@ -1,0 +1,1 @@
+"""Sampling benchmarks, verifying answers, counting."""
