@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from oprd.config import load_recipe, recipe_to_yaml
-from oprd.errors import OprdError, TrainingStopped
+from oprd.errors import Interrupted, OprdError, TrainingStopped
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -127,6 +127,9 @@ def main() -> None:
         console.print(f"[bold red]{type(error).__name__}:[/]", end=" ")
         console.print(str(error), markup=False, highlight=False)
         sys.exit(EXIT_USER_ERROR)
+    except Interrupted as error:
+        console.print(f"{error}; go on with resume_from_checkpoint=latest", highlight=False)
+        sys.exit(EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         console.print("stopped at once; the last checkpoint is intact. Go on with resume_from_checkpoint=latest")
         sys.exit(EXIT_INTERRUPTED)

@@ -27,3 +27,7 @@ class RunFolderError(OprdError):
 
 class TrainingStopped(OprdError):
     """Training stopped by itself: the cause is in the message, the last checkpoint is intact."""
+
+
+class Interrupted(Exception):
+    """The user asked to stop; a checkpoint of the last whole step is on disk. No error of anybody's."""

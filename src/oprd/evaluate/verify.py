@@ -97,6 +97,7 @@ class _Worker:
                 stderr=subprocess.DEVNULL,
                 text=True,
                 encoding="utf-8",
+                start_new_session=True,  # Ctrl-C in the terminal is for the training loop, not for them
             )
             line, _ = _exchange(self._process, None, START_TIMEOUT_S)
             if line.strip() != "ready":

@@ -19,7 +19,7 @@ from oprd.algorithm import collect
 from oprd.config import recipe_to_yaml
 from oprd.data.chat import decode, encode, end_of_turn
 from oprd.data.collate import collate, split_by_tokens
-from oprd.errors import TrainingStopped
+from oprd.errors import Interrupted, TrainingStopped
 from oprd.evaluate.run import Evaluation, evaluate
 from oprd.evaluate.verify import Verifier
 from oprd.objectives.base import Objective
@@ -35,10 +35,6 @@ from oprd.types import Prompt, Rollouts
 TRUNCATED_ALARM = 0.1
 """Above this share of truncated completions in a step the user is warned, once."""
 SAMPLES_PER_STEP = 2
-
-
-class Interrupted(Exception):
-    """The user asked to stop; a checkpoint of the last whole step is on disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
