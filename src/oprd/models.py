@@ -197,7 +197,7 @@ def load_student(config: StudentConfig, given: PreTrainedModel | None = None) ->
         _refuse_prompt_learning(model)
     if config.gradient_checkpointing:
         # reentrant checkpointing would run the blocks without a graph, and the states read off them would get no gradient
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         if is_peft(model):
             model.enable_input_require_grads()
     return model

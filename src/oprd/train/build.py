@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -139,6 +140,12 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
         log_with=list(recipe.report_to) or None,
         project_dir=recipe.output_dir,
     )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ConfigError(
+            f"{launched} processes were launched, but each would train alone (accelerate sees "
+            f"{accelerator.num_processes}); on a machine without a GPU set ACCELERATE_USE_CPU=true"
+        )
     checked = check(recipe, given, world_size=accelerator.num_processes)
     accelerator.wait_for_everyone()
     folder = RunFolder(recipe.output_dir)

@@ -132,7 +132,8 @@ def _step(run: Run, progress: Progress, bar: Bar) -> None:
     torch.manual_seed(derive_seed(recipe.seed, "update", step, rank))  # dropout
     update = update_step(run, rollouts, clock)
     learning_rate = run.scheduler.get_last_lr()[0]
-    run.scheduler.step()
+    if update.finite:
+        run.scheduler.step()
     progress.step = step
     progress.skipped_in_a_row = 0 if update.finite else progress.skipped_in_a_row + 1
     progress.skipped_steps += not update.finite
