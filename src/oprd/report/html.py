@@ -1,0 +1,231 @@
+"""One self-contained HTML page from run folders: a table, curves, samples, recipes. Reads files only."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import yaml
+from jinja2 import Environment, PackageLoader
+from plotly.offline import get_plotlyjs
+
+from oprd.errors import RunFolderError
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's colour-blind safe set."""
+SAMPLES = 4
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFiles:
+    """What a run folder holds so far."""
+
+    name: str
+    recipe: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    metrics: tuple[Row, ...]
+    evaluations: tuple[Row, ...]
+    samples: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plot:
+    """One curve for each (key, label) of each run."""
+
+    title: str
+    y: str
+    keys: tuple[str, ...]
+
+
+PLOTS = (
+    Plot(title="Loss by term", y="see the objective's unit", keys=("train/oprd/mean", "train/reverse_kl/mean", "train/forward_kl/mean", "train/jsd/mean")),
+    Plot(title="Gradient norm before clipping", y="norm", keys=("train/grad_norm",)),
+    Plot(title="Learning rate", y="rate", keys=("train/learning_rate",)),
+    Plot(title="Completion length", y="tokens", keys=("rollout/length/mean",)),
+    Plot(title="Truncated and empty completions", y="share", keys=("rollout/truncated/share", "rollout/empty/share")),
+    Plot(title="Top-16 overlap of student and teacher", y="share", keys=("health/top_16_overlap/mean",)),
+    Plot(title="Entropy", y="nats", keys=("health/student_entropy/mean", "health/teacher_entropy/mean")),
+    Plot(title="Sampled reverse KL", y="nats per token", keys=("health/sampled_reverse_kl/mean",)),
+    Plot(title="Seconds a step", y="seconds", keys=("time/rollout_s", "time/teacher_s", "time/update_s", "time/other_s")),
+)  # fmt: skip
+
+
+def write_report(runs: Sequence[Path], out: Path) -> Path:
+    """Write the page and return its path. Raises RunFolderError for a folder that is not a run.
+
+    A run that is still going is shown as far as it has come.
+    """
+    read = _distinct([_read(Path(run)) for run in runs])
+    figures = [_curves(plot, read) for plot in PLOTS] + [_accuracy(read), _cosines(read)]
+    page = Environment(loader=PackageLoader("oprd.report", "."), autoescape=True).get_template("report.html.j2")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(
+        page.render(
+            rows=[_summary(run) for run in read],
+            figures=[json.loads(figure.to_json()) for figure in reversed(figures) if figure is not None],
+            runs=[
+                {"name": run.name, "recipe": yaml.safe_dump(dict(run.recipe), sort_keys=False), "samples": _some(run)}
+                for run in read
+            ],
+            plotly=get_plotlyjs(),
+        ),
+        encoding="utf-8",
+    )
+    return out
+
+
+def _read(folder: Path) -> RunFiles:
+    if not (folder / "recipe.yaml").is_file():
+        raise RunFolderError(f"{folder} is not a run folder: it has no recipe.yaml. Give the output_dir of a run")
+    machine = folder / "run.json"
+    return RunFiles(
+        name=folder.resolve().name,
+        recipe=yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")),
+        machine=json.loads(machine.read_text(encoding="utf-8")) if machine.is_file() else {},
+        metrics=_lines(folder / "metrics.jsonl"),
+        evaluations=_lines(folder / "evaluations.jsonl"),
+        samples=_lines(folder / "samples.jsonl"),
+    )
+
+
+def _lines(path: Path) -> tuple[Row, ...]:
+    """The rows of a file that may be missing, or end in a line that is just being written."""
+    if not path.is_file():
+        return ()
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return tuple(rows)
+
+
+def _distinct(runs: Sequence[RunFiles]) -> list[RunFiles]:
+    """Runs of the same name get a number."""
+    names = [run.name for run in runs]
+    return [
+        RunFiles(
+            name=run.name if names.count(run.name) == 1 else f"{run.name} ({names[: i + 1].count(run.name)})",
+            recipe=run.recipe,
+            machine=run.machine,
+            metrics=run.metrics,
+            evaluations=run.evaluations,
+            samples=run.samples,
+        )
+        for i, run in enumerate(runs)
+    ]
+
+
+def _summary(run: RunFiles) -> dict[str, str]:
+    """The run's line in the table, as text."""
+    last: Row = run.metrics[-1] if run.metrics else {}
+    seconds = sum(value for row in run.metrics for key, value in row.items() if key.startswith("time/"))
+    teacher = run.recipe.get("teacher", {})
+    objective = run.recipe.get("objective", {})
+    terms = objective.get("terms") or [objective]
+    names = [" ".join(str(term[k]) for k in ("type", "divergence", "estimator") if k in term) for term in terms]
+    return {
+        "run": run.name,
+        "student": _short(run.recipe.get("student", {}).get("model", "?")),
+        "teacher": _short(teacher.get("model", teacher.get("type", "?"))),
+        "objective": " + ".join(names),
+        "steps": f"{last.get('step', 0)} of {run.recipe.get('max_steps', '?')}",
+        "scores": "; ".join(_score(row) for row in _last_evaluations(run)) or "none yet",
+        "minutes": f"{seconds / 60:.1f}",
+        "peak memory, GiB": f"{last['memory/peak_gib']:.2f}" if "memory/peak_gib" in last else "–",
+        "truncated": f"{last['rollout/truncated/share']:.0%}" if "rollout/truncated/share" in last else "–",
+        "skipped steps": str(last.get("train/skipped_steps/total", "–")),
+    }
+
+
+def _score(row: Row) -> str:
+    interval = f"{row['avg_at_k_low']:.3f} to {row['avg_at_k_high']:.3f}"
+    return f"{row['benchmark']} avg@{row['samples']} {row['avg_at_k']:.3f} ({interval})"
+
+
+def _last_evaluations(run: RunFiles) -> list[Row]:
+    return list({row["benchmark"]: row for row in run.evaluations}.values())
+
+
+def _short(model: str) -> str:
+    return "/".join(Path(model).parts[-2:])
+
+
+def _curves(plot: Plot, runs: Sequence[RunFiles]) -> go.Figure | None:
+    figure = go.Figure()
+    for i, run in enumerate(runs):
+        for j, key in enumerate(key for key in plot.keys if any(key in row for row in run.metrics)):
+            points = [(row["step"], row[key]) for row in run.metrics if key in row]
+            label = run.name if len(plot.keys) == 1 else f"{run.name}: {key.split('/')[1].removesuffix('_s')}"
+            figure.add_scatter(
+                x=[x for x, _ in points],
+                y=[y for _, y in points],
+                name=label,
+                mode="lines",
+                line={"color": COLOURS[i % len(COLOURS)], "dash": ("solid", "dash", "dot", "dashdot")[j % 4]},
+            )
+    return _titled(figure, plot.title, "step", plot.y)
+
+
+def _accuracy(runs: Sequence[RunFiles]) -> go.Figure | None:
+    figure = go.Figure()
+    for i, run in enumerate(runs):
+        for benchmark in dict.fromkeys(row["benchmark"] for row in run.evaluations):
+            rows = [row for row in run.evaluations if row["benchmark"] == benchmark]
+            figure.add_scatter(
+                x=[row["step"] for row in rows],
+                y=[row["avg_at_k"] for row in rows],
+                error_y={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [row["avg_at_k_high"] - row["avg_at_k"] for row in rows],
+                    "arrayminus": [row["avg_at_k"] - row["avg_at_k_low"] for row in rows],
+                },
+                name=f"{run.name}: {benchmark}",
+                mode="lines+markers",
+                line={"color": COLOURS[i % len(COLOURS)]},
+            )
+    return _titled(figure, "Accuracy (avg@k, 95% interval)", "step", "share correct")
+
+
+def _cosines(runs: Sequence[RunFiles]) -> go.Figure | None:
+    """Cosine of student and teacher states by block, at the first and the last logged step."""
+    figure = go.Figure()
+    for i, run in enumerate(runs):
+        rows = [row for row in run.metrics if "health/cosine_block_01/mean" in row]
+        for row, dash in zip((rows[0], rows[-1]) if rows else (), ("dot", "solid"), strict=True) if rows else ():
+            cosines = [value for key, value in row.items() if key.startswith("health/cosine_block_")]
+            figure.add_scatter(
+                x=list(range(1, len(cosines) + 1)),
+                y=cosines,
+                name=f"{run.name}: step {row['step']}",
+                mode="lines+markers",
+                line={"color": COLOURS[i % len(COLOURS)], "dash": dash},
+            )
+    return _titled(figure, "Cosine of student and teacher states", "block", "cosine")
+
+
+def _titled(figure: go.Figure, title: str, x: str, y: str) -> go.Figure | None:
+    if not figure.data:
+        return None
+    return figure.update_layout(
+        template="none",
+        title={"text": title, "x": 0.02, "font": {"size": 15}},
+        xaxis={"title": x},
+        yaxis={"title": y, "automargin": True},
+        margin={"l": 60, "r": 16, "t": 44, "b": 44},
+        legend={"orientation": "h", "y": -0.22},
+        showlegend=True,
+    )
+
+
+def _some(run: RunFiles) -> list[Row]:
+    """Completions from the beginning and the end of the run."""
+    if len(run.samples) <= SAMPLES:
+        return list(run.samples)
+    return [*run.samples[: SAMPLES // 2], *run.samples[-SAMPLES // 2 :]]
