@@ -35,7 +35,10 @@ def test_defaults_are_the_papers_setting():
 
 
 def test_a_resolved_recipe_reads_back_as_itself():
-    objective = {"type": "mixture", "terms": [{"type": "opd", "estimator": "top_k"}, {"type": "oprd", "layers": [1, 3]}]}
+    objective = {
+        "type": "mixture",
+        "terms": [{"type": "opd", "estimator": "top_k"}, {"type": "oprd", "layers": [1, 3]}],
+    }
     recipe = parse_recipe(BASE | {"objective": objective, "report_to": ["tensorboard"]})
     assert parse_recipe(yaml.safe_load(recipe_to_yaml(recipe))) == recipe
     assert isinstance(recipe.objective, MixtureConfig)
@@ -98,7 +101,9 @@ def test_the_sampled_estimator_refuses_tokens_that_are_not_samples_of_the_studen
 def test_overrides_reach_inside_and_are_yaml(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(BASE))
-    recipe = load_recipe(path, ["objective={type: opd, estimator: top_k}", "rollout.group_size=4", "learning_rate=1e-4"])
+    recipe = load_recipe(
+        path, ["objective={type: opd, estimator: top_k}", "rollout.group_size=4", "learning_rate=1e-4"]
+    )
     assert recipe.objective == OutputKLConfig(estimator="top_k")
     assert (recipe.rollout.group_size, recipe.learning_rate) == (4, 1e-4)
     with pytest.raises(ConfigError, match="must look like key=value"):

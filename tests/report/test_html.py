@@ -23,7 +23,14 @@ def make_run(folder: Path, *, steps: int = 3, torn: bool = False) -> Path:
     ]  # fmt: skip
     text = "".join(json.dumps(row) + "\n" for row in rows) + ('{"step": 99, "tr' if torn else "")
     folder.joinpath("metrics.jsonl").write_text(text)
-    score = {"step": 3, "benchmark": "aime24", "samples": 4, "avg_at_k": 0.4321, "avg_at_k_low": 0.4, "avg_at_k_high": 0.5}
+    score = {
+        "step": 3,
+        "benchmark": "aime24",
+        "samples": 4,
+        "avg_at_k": 0.4321,
+        "avg_at_k_low": 0.4,
+        "avg_at_k_high": 0.5,
+    }
     folder.joinpath("evaluations.jsonl").write_text(json.dumps(score) + "\n")
     sample = {"step": 1, "prompt": "2+2", "completion": "<script>alert(1)</script> & 4", "finished": False, "length": 7}
     folder.joinpath("samples.jsonl").write_text(json.dumps(sample) + "\n")

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import miniature_recipe
 from safetensors.torch import load_file
 
+from conftest import miniature_recipe
 from oprd.config import parse_recipe
 from oprd.errors import Interrupted, RunFolderError
 from oprd.train import checkpoint

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import miniature_recipe
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from conftest import miniature_recipe
 from oprd.config import parse_recipe
 from oprd.data.collate import split_by_tokens
 from oprd.errors import TrainingStopped
@@ -209,7 +209,9 @@ def test_two_processes_give_the_weights_of_one(how, alone, tmp_path):
     ours = load_file(tmp_path / "run" / "student" / "model.safetensors")
     theirs = load_file(expected / "student" / "model.safetensors")
     assert_same_weights(theirs, ours)
-    one, two = ([json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()] for f in (expected, tmp_path / "run"))
+    one, two = (
+        [json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()] for f in (expected, tmp_path / "run")
+    )
     for a, b in zip(one, two, strict=True):
         assert a["train/loss/mean"] == pytest.approx(b["train/loss/mean"], rel=1e-5)
         assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-4)

@@ -43,7 +43,6 @@ class LocalTeacher(Teacher):
         self._prompt_template = prompt_template
         self._read = read or (lambda batch, readings, head: read_states(lm, batch, readings, head=head))
         self._without_adapter = without_adapter
-        self._rendered: dict[int, tuple[int, ...]] = {}
 
     def check_prompts(self, prompts: Iterable[Prompt]) -> None:
         """Raise DataError for a prompt that fills the teacher's context, or lacks a column the template needs."""
@@ -74,7 +73,5 @@ class LocalTeacher(Teacher):
         )
 
     def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        if prompt.row not in self._rendered:
-            turns = with_prompt(prompt.messages, prompt.columns, self._system_prompt, self._prompt_template)
-            self._rendered[prompt.row] = render(self._lm.tokenizer, turns)
-        return self._rendered[prompt.row]
+        turns = with_prompt(prompt.messages, prompt.columns, self._system_prompt, self._prompt_template)
+        return render(self._lm.tokenizer, turns)
