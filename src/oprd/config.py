@@ -418,9 +418,7 @@ def _path(loc: Sequence[str | int], tree: Any) -> str:
     """pydantic's location without what is not in the recipe, such as the names of union variants: `objective.terms.1.k`."""
     parts = []
     for depth, key in enumerate(loc):
-        if isinstance(tree, Mapping) and key in tree:
-            tree = tree[key]
-        elif isinstance(key, int) and isinstance(tree, list):
+        if (isinstance(tree, Mapping) and key in tree) or (isinstance(key, int) and isinstance(tree, list)):
             tree = tree[key]
         elif isinstance(tree, Mapping) and depth == len(loc) - 1 and key in _fields_at(loc[:-1]):
             pass  # a missing key

@@ -310,7 +310,7 @@ class Shape:
 def read_shape(model: str | PreTrainedModel, gguf_file: str | None = None) -> Shape:
     """The shape of a model given by folder, Hub name or object. Raises ModelError when there is none to read."""
     try:
-        loaded = model.config if isinstance(model, PreTrainedModel) else _config(model, gguf_file)
+        loaded = _config(model, gguf_file) if isinstance(model, str) else model.config
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot read the config of {model!r}: {_first_line(error)}") from error
     text = loaded.get_text_config()

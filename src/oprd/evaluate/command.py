@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from oprd.evaluate.verify import Verifier
 from pydantic import TypeAdapter
 
 from oprd.config import EvaluationConfig
@@ -14,6 +13,7 @@ from oprd.data.chat import stop_ids
 from oprd.errors import ConfigError
 from oprd.evaluate.benchmarks import load_benchmarks
 from oprd.evaluate.run import Evaluation, evaluate
+from oprd.evaluate.verify import Verifier
 from oprd.models import LanguageModel, load_for_generation, load_tokenizer, read_shape
 from oprd.rollout.hf import HFEngine
 from oprd.train.log import progress_bar

@@ -1,6 +1,5 @@
 """Evaluate a model: sample, verify, count. Each completion is kept with its verdict."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from oprd.evaluate.verify import Verifier
 from transformers import PreTrainedTokenizerBase
 
 from oprd.config import EvaluationConfig
 from oprd.data.chat import decode
 from oprd.evaluate import metrics
 from oprd.evaluate.benchmarks import Benchmark
+from oprd.evaluate.verify import Verifier
 from oprd.rollout.base import RolloutEngine, Sampling
 from oprd.types import PromptBatch, Rollouts
 

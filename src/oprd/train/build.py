@@ -20,7 +20,7 @@ from oprd.algorithm import DistillModel
 from oprd.config import LocalTeacherConfig, Recipe, SelfTeacherConfig, SeveralTeachersConfig, TeacherConfig
 from oprd.data.chat import stop_ids
 from oprd.data.prompts import PromptSampler, load_prompts
-from oprd.errors import ConfigError, DataError, TeacherMismatch
+from oprd.errors import ConfigError, DataError
 from oprd.evaluate.benchmarks import Benchmark, load_benchmarks
 from oprd.models import (
     LanguageModel,
@@ -35,14 +35,14 @@ from oprd.models import (
     load_tokenizer,
     read_shape,
 )
-from oprd.objectives import Objective, build_objectives
+from oprd.objectives import Objective, build_objectives, check_pair
 from oprd.rollout.hf import HFEngine
 from oprd.teacher.base import Teacher
 from oprd.teacher.local import LocalTeacher
 from oprd.teacher.several import SeveralTeachers
 from oprd.train.checkpoint import find_checkpoint
 from oprd.train.run_folder import RunFolder
-from oprd.types import HiddenTargets, Prompt, Reading, States
+from oprd.types import Prompt, Reading, States
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +110,7 @@ def check(recipe: Recipe, given: Given, *, world_size: int = 1) -> Checked:
         raise ConfigError("bf16 is true, but this GPU does not support bfloat16; set bf16=false")
     objectives = build_objectives(recipe.objective, blocks=shape.blocks, vocabulary=shape.vocabulary)
     tokenizer = given.tokenizer or load_tokenizer(recipe.student.model, recipe.student.gguf_file)
+    check_pair(objectives, SeveralTeachers if isinstance(recipe.teacher, SeveralTeachersConfig) else LocalTeacher)
     tokenizers = _check_teacher(recipe, given, shape, tokenizer, objectives)
     room = recipe.rollout.max_completion_length
     prompts = load_prompts(recipe.data, tokenizer, context=shape.context, room=room, given=given.prompts)
@@ -178,8 +179,6 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
             return inner.read(batch, readings, head, then)
 
     teacher = _build_teacher(recipe.teacher, given, checked, lm, frozen, accelerator, read)
-    if HiddenTargets not in teacher.provides:
-        raise TeacherMismatch(f"{type(teacher).__name__} does not provide hidden states")
     teacher.check_prompts(checked.prompts)
     stops = stop_ids(checked.tokenizer, lm.core.generation_config)
     engine = HFEngine(

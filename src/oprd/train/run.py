@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.config import (
@@ -56,8 +57,8 @@ def distill(
     `Recipe` (`rollout=oprd.RolloutConfig(...)`, `learning_rate=1e-4`, ...). The default objective is OPRD as published.
     """
     given = Given(
-        student=student if isinstance(student, PreTrainedModel) else None,
-        teacher=teacher if isinstance(teacher, PreTrainedModel) else None,
+        student=student if isinstance(student, nn.Module) else None,
+        teacher=teacher if isinstance(teacher, nn.Module) else None,
         tokenizer=tokenizer,
         teacher_tokenizer=teacher_tokenizer,
         prompts=prompts if isinstance(prompts, datasets.Dataset) else None,
