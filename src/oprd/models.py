@@ -251,8 +251,8 @@ def _load(model: str, gguf_file: str | None, **kwargs: Any) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load model {model!r}: {_first_line(error)}") from error
     if gguf_file:
-        # the weights are plain tensors now; a config that says otherwise makes the saved folder unloadable
-        delattr(loaded.config, "quantization_config")
+        # the weights are plain tensors now; what says otherwise makes the model unsaveable and the saved folder unloadable
+        loaded.hf_quantizer.remove_quantization_config(loaded)
     return loaded
 
 

@@ -17,8 +17,8 @@ MODELS = Path(__file__).parent / "models"
 TRAINING_PROBLEMS, HELD_OUT_PROBLEMS = 4000, 200
 OBJECTIVES = {
     # learning rates: the best of a sweep for each objective on this task [ours]
-    "opd": ({"type": "opd", "divergence": "reverse_kl", "estimator": "sampled"}, 2e-4),
-    "oprd": ({"type": "oprd", "layers": "all", "tokens": "all"}, 2e-3),
+    "opd": ({"type": "opd", "divergence": "reverse_kl", "estimator": "sampled"}, 4e-4),
+    "oprd": ({"type": "oprd", "layers": "all", "tokens": "all"}, 4e-3),
 }
 
 

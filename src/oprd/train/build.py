@@ -11,6 +11,7 @@ from typing import Any, cast
 import datasets
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -135,6 +136,8 @@ def check(recipe: Recipe, given: Given, *, world_size: int = 1) -> Checked:
 def build(recipe: Recipe, given: Given | None = None) -> Run:
     """Check, load, wrap."""
     given = given or Given()
+    # accelerate keeps its first precision for the whole process; a second run in one process has its own recipe
+    AcceleratorState._reset_state()
     # the recipe says it all: a launcher's mixed precision setting is not looked at
     accelerator = Accelerator(
         mixed_precision="bf16" if recipe.bf16 else "no",

@@ -67,9 +67,7 @@ def distill(
     source = "<dataset>" if isinstance(prompts, datasets.Dataset) else str(prompts)
     tree: dict[str, Any] = {
         "student": student if isinstance(student, StudentConfig) else {"model": _name(student)},
-        "teacher": {"type": "local", "model": _name(teacher)}
-        if isinstance(teacher, str | PreTrainedModel)
-        else teacher,
+        "teacher": {"type": "local", "model": _name(teacher)} if isinstance(teacher, str | nn.Module) else teacher,
         "objective": objective if objective is not None else HiddenMSEConfig(),
         "data": (part_to_dict(data) if data is not None else {}) | {"prompts": source},
         "output_dir": str(output_dir),
