@@ -10,6 +10,7 @@ from rich.console import Console
 
 from oprd.config import load_recipe, recipe_to_yaml
 from oprd.errors import Interrupted, OprdError, TrainingStopped
+from oprd.progress import console
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,8 +18,6 @@ app = typer.Typer(
     add_completion=False,
     help="On-policy distillation: the student writes, the teacher answers, the student learns.",
 )
-console = Console(stderr=True, soft_wrap=True)
-
 RecipePath = Annotated[Path, typer.Argument(help="A recipe in YAML.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, such as objective.k=500 or learning_rate=1e-4.")

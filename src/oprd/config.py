@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import Discriminator, Field, TypeAdapter, ValidationError
@@ -419,7 +419,7 @@ def _path(loc: Sequence[str | int], tree: Any) -> str:
     parts = []
     for depth, key in enumerate(loc):
         if (isinstance(tree, Mapping) and key in tree) or (isinstance(key, int) and isinstance(tree, list)):
-            tree = tree[key]
+            tree = cast(Any, tree)[key]
         elif isinstance(tree, Mapping) and depth == len(loc) - 1 and key in _fields_at(loc[:-1]):
             pass  # a missing key
         else:

@@ -252,7 +252,7 @@ def _load(model: str, gguf_file: str | None, **kwargs: Any) -> Any:
         raise ModelError(f"cannot load model {model!r}: {_first_line(error)}") from error
     if gguf_file:
         # the weights are plain tensors now; what says otherwise makes the model unsaveable and the saved folder unloadable
-        loaded.hf_quantizer.remove_quantization_config(loaded)
+        cast(Any, loaded.hf_quantizer).remove_quantization_config(loaded)
     return loaded
 
 

@@ -15,8 +15,8 @@ from oprd.evaluate.benchmarks import load_benchmarks
 from oprd.evaluate.run import Evaluation, evaluate
 from oprd.evaluate.verify import Verifier
 from oprd.models import LanguageModel, load_for_generation, load_tokenizer, read_shape
+from oprd.progress import progress_bar
 from oprd.rollout.hf import HFEngine
-from oprd.train.log import progress_bar
 
 
 def evaluate_model(model: str, options: dict[str, Any], *, out: Path, gguf_file: str | None = None) -> list[Evaluation]:

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+from typing import Any, cast
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
@@ -26,7 +27,7 @@ def judge(completion: str, answer: str) -> dict[str, object]:
     text = final_part(completion)
     boxed = last_boxed(text)
     if boxed is None:
-        found = parse(text[-_TAIL:], parsing_timeout=None)
+        found = _parse(text[-_TAIL:])
         if not found:
             return {"outcome": "no_answer", "extracted": None}
         extracted = str(found[-1])
@@ -86,9 +87,14 @@ def _plain(answer: str) -> str:
     return re.sub(r"\s|\$|\\[,;!]", "", answer).replace("\u2212", "-").removesuffix(".")
 
 
-def _parse_boxed(answer: str) -> list[object]:
+def _parse_boxed(answer: str) -> Any:
+    return _parse(f"\\boxed{{{answer}}}")
+
+
+def _parse(text: str) -> Any:
+    # None switches math-verify's alarms off, though its annotation says int
     config = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-    return parse(f"\\boxed{{{answer}}}", extraction_config=config, parsing_timeout=None)
+    return parse(text, extraction_config=config, parsing_timeout=cast(int, None))
 
 
 def main() -> None:

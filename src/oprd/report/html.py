@@ -66,7 +66,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     out.write_text(
         page.render(
             rows=[_summary(run) for run in read],
-            figures=[json.loads(figure.to_json()) for figure in reversed(figures) if figure is not None],
+            figures=[json.loads(str(figure.to_json())) for figure in reversed(figures) if figure is not None],
             runs=[
                 {"name": run.name, "recipe": yaml.safe_dump(dict(run.recipe), sort_keys=False), "samples": _some(run)}
                 for run in read

@@ -23,11 +23,12 @@ from oprd.errors import Interrupted, TrainingStopped
 from oprd.evaluate.run import Evaluation, evaluate
 from oprd.evaluate.verify import Verifier
 from oprd.objectives.base import Objective
+from oprd.progress import Bar, console, progress_bar
 from oprd.rollout.base import Sampling
 from oprd.train.build import Run
 from oprd.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from oprd.train.health import Health, health_from_sums, health_readings, health_sample, measure
-from oprd.train.log import Bar, Clock, Interrupt, console, derive_seed, peak_memory_gib, progress_bar
+from oprd.train.log import Clock, Interrupt, derive_seed, peak_memory_gib
 from oprd.train.run_folder import read_jsonl, write_atomically
 from oprd.train.save import save_student
 from oprd.types import Prompt, Rollouts
