@@ -60,13 +60,13 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     A run that is still going is shown as far as it has come.
     """
     read = _distinct([_read(Path(run)) for run in runs])
-    figures = [_curves(plot, read) for plot in PLOTS] + [_accuracy(read), _cosines(read)]
+    figures = [_accuracy(read), *(_curves(plot, read) for plot in PLOTS), _cosines(read)]
     page = Environment(loader=PackageLoader("oprd.report", "."), autoescape=True).get_template("report.html.j2")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(
         page.render(
             rows=[_summary(run) for run in read],
-            figures=[json.loads(str(figure.to_json())) for figure in reversed(figures) if figure is not None],
+            figures=[json.loads(str(figure.to_json())) for figure in figures if figure is not None],
             runs=[
                 {"name": run.name, "recipe": yaml.safe_dump(dict(run.recipe), sort_keys=False), "samples": _some(run)}
                 for run in read
@@ -218,8 +218,8 @@ def _titled(figure: go.Figure, title: str, x: str, y: str) -> go.Figure | None:
         title={"text": title, "x": 0.02, "font": {"size": 15}},
         xaxis={"title": x},
         yaxis={"title": y, "automargin": True},
-        margin={"l": 60, "r": 16, "t": 44, "b": 44},
-        legend={"orientation": "h", "y": -0.22},
+        margin={"l": 60, "r": 16, "t": 44, "b": 110},
+        legend={"orientation": "h", "yanchor": "top", "y": -0.3},
         showlegend=True,
     )
 
