@@ -1,0 +1,92 @@
+"""Prompts from files, their order, chat templates and stop tokens."""
+
+import json
+
+import datasets
+import pytest
+from transformers import GenerationConfig
+
+from conftest import load_miniature
+from oprd.config import DataConfig
+from oprd.data.chat import end_of_turn, fill, render, stop_ids, with_prompt
+from oprd.data.prompts import PromptSampler, load_prompts
+from oprd.errors import DataError
+from oprd.types import Message
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_miniature("base").tokenizer
+
+
+def load(path, tokenizer, **options):
+    return load_prompts(DataConfig(prompts=str(path), **options), tokenizer, context=256, room=64)
+
+
+def test_jsonl_csv_and_parquet_give_the_same_prompts(tmp_path, tokenizer):
+    rows = [{"problem": "1+2", "answer": "3"}, {"problem": "4-5", "answer": "-1"}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = datasets.Dataset.from_list(rows)
+    dataset.to_csv(tmp_path / "d.csv")
+    dataset.to_parquet(tmp_path / "d.parquet")
+    expected = load(tmp_path / "d.jsonl", tokenizer)
+    assert [p.messages[0].content for p in expected] == ["1+2", "4-5"]
+    assert load(tmp_path / "d.parquet", tokenizer) == expected
+    assert [(p.token_ids, p.answer) for p in load(tmp_path / "d.csv", tokenizer)] == [
+        (p.token_ids, p.answer) for p in expected
+    ]
+
+
+def test_a_conversation_that_ends_with_the_assistant_gives_the_completion(tmp_path, tokenizer):
+    turns = [{"role": "user", "content": "1+2"}, {"role": "assistant", "content": "3"}]
+    (tmp_path / "d.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    (prompt,) = load(tmp_path / "d.jsonl", tokenizer, system_prompt="Add.")
+    assert [turn.content for turn in prompt.messages] == ["Add.", "1+2"]
+    assert prompt.completion == "3"
+    assert tokenizer.decode(prompt.token_ids) == "<|system|>Add.<|end|><|user|>1+2<|end|><|assistant|>"
+
+
+def test_templates_fill_columns_and_leave_other_braces_alone():
+    assert fill(r"{problem} in \boxed{}, {1}", {"problem": "2+2"}) == r"2+2 in \boxed{}, {1}"
+    with pytest.raises(DataError, match=r"asks for \{proof\}, the dataset has problem"):
+        fill("{proof}", {"problem": "x"})
+
+
+def test_a_new_system_prompt_replaces_the_old_one():
+    turns = (Message(role="system", content="old"), Message(role="user", content="hi"))
+    assert [t.content for t in with_prompt(turns, {}, "new", None)] == ["new", "hi"]
+    assert with_prompt(turns, {}, None, None) == turns
+
+
+def test_without_a_chat_template_the_text_is_read_as_it_is():
+    tokenizer = load_miniature("base").tokenizer
+    tokenizer.chat_template = None
+    assert tokenizer.decode(render(tokenizer, [Message(role="user", content="1+2")])) == "1+2"
+
+
+def test_stop_tokens_come_from_the_generation_config_the_tokenizer_and_the_template(tokenizer):
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert stop_ids(tokenizer, None) == (end,)
+    assert stop_ids(tokenizer, GenerationConfig(eos_token_id=[3, 7])) == tuple(sorted((3, 7, end)))
+    # a tokenizer whose end of text is not what its template ends a turn with, as many chat models have it
+    other = load_miniature("base").tokenizer
+    other.eos_token = "<|pad|>"
+    assert stop_ids(other, None) == tuple(sorted((other.pad_token_id, end)))
+    assert end_of_turn(other, stop_ids(other, None)) == end
+
+
+def test_an_epoch_uses_every_prompt_once_and_ranks_share_the_step(tmp_path, tokenizer):
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"problem": f"{i}+1"}) + "\n" for i in range(12)))
+    prompts = load(tmp_path / "d.jsonl", tokenizer)
+
+    def rows(step: int, rank: int = 0, world: int = 1, seed: int = 0) -> list[int]:
+        sampler = PromptSampler(prompts, per_step=4, seed=seed, rank=rank, world_size=world)
+        return [prompt.row for prompt in sampler.batch(step).prompts]
+
+    first = rows(0) + rows(1) + rows(2)
+    second = rows(3) + rows(4) + rows(5)
+    assert sorted(first) == sorted(second) == list(range(12))
+    assert first != second
+    assert rows(0) == rows(0)
+    assert rows(0) != rows(0, seed=1)
+    assert sorted(rows(1, 0, 2) + rows(1, 1, 2)) == sorted(rows(1))
