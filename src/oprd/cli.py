@@ -79,7 +79,8 @@ def evaluate(
     )
     from oprd.evaluate.table import evaluation_table
 
-    Console().print(evaluation_table(rows))
+    table = Console()
+    table.print(evaluation_table(rows, width=table.width))
     print(f"completions and verdicts: {out}")
 
 

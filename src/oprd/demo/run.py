@@ -45,7 +45,7 @@ def run_demo(out: Path, *, seed: int = 0) -> dict[str, Evaluation]:
     names = [f"{row} ({minutes[row]:.1f} min)" if row in minutes else row for row in order]
     result = Console()
     result.print(f"\n{HELD_OUT_PROBLEMS} held-out problems, 4 samples each:")
-    result.print(evaluation_table([scores[row] for row in order], names))
+    result.print(evaluation_table([scores[row] for row in order], names=names, width=result.width))
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all")
     print(f"runs: {', '.join(str(out / name) for name in OBJECTIVES)}")
     print(f"look closer: oprd report {' '.join(str(out / name) for name in OBJECTIVES)}")
