@@ -38,7 +38,6 @@ check: lint types test
 
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/update_cost.py
-	$(BIN)/python benchmarks/kl_cost.py
 
 clean:
 	rm -rf $(VENV) runs
