@@ -44,7 +44,7 @@ def main() -> list[float]:
     for step in range(STEPS):
         problems = sums(PROMPTS, seed=step, held_out=False)
         prompts = PromptBatch(prompts=tuple(prompt(i, p.problem, student) for i, p in enumerate(problems)))
-        rollouts = collect(engine, teacher, prompts, sampling, seed=step)  # the student writes
+        _, rollouts = collect(engine, teacher, prompts, sampling, seed=step)  # the student writes
         targets = teacher.targets(rollouts, model.readings, head=False)  # the teacher answers
         batch = collate(
             [p.token_ids for p in rollouts.prompts],

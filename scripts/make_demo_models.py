@@ -20,7 +20,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from oprd.data.chat import render
 from oprd.demo.task import Sum, completion, sums, wrong_completion
+from oprd.types import Message
 
 FOLDER = Path(__file__).parents[1] / "src/oprd/demo/models"
 SEED = 0
@@ -93,10 +95,7 @@ def make_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, problem: Sum) -> list[int]:
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": problem.problem}], tokenize=False, add_generation_prompt=True
-    )
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return list(render(tokenizer, [Message(role="user", content=problem.problem)]))
 
 
 def batch_of(tokenizer: PreTrainedTokenizerBase, seed: int, wrong_share: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,7 +124,7 @@ def train(
     wrong_share: float,
     decay: bool,
 ) -> None:
-    """Next-token loss. Muon on the matrices of the blocks: AdamW alone needed about twice the demonstrations."""
+    """Next-token loss. Muon on the matrices of the blocks: AdamW alone was slower in the few trials made."""
     model.train()
     matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     others = [model.model.embed_tokens.weight] + [weight for weight in model.parameters() if weight.ndim == 1]

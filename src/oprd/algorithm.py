@@ -13,16 +13,14 @@ from oprd.rollout.base import RolloutEngine, Sampling
 from oprd.teacher.base import Teacher
 from oprd.types import MicroBatch, PromptBatch, Reading, Rollouts, States, TeacherTargets
 
-Measure = Callable[[States, TeacherTargets], Tensor]
-
 
 def collect(
     engine: RolloutEngine, teacher: Teacher, prompts: PromptBatch, sampling: Sampling, *, seed: int
-) -> Rollouts:
-    """The student writes with its current weights; a remote teacher starts to answer."""
-    rollouts = engine.generate(prompts, sampling, seed=seed)
-    teacher.prepare(rollouts)
-    return rollouts
+) -> tuple[Rollouts, Rollouts]:
+    """What the student wrote with its current weights, and what it will learn on: the same, with the teacher's answers
+    attached where they are fetched at once, or another trajectory where the teacher rewrites."""
+    written = engine.generate(prompts, sampling, seed=seed)
+    return written, teacher.prepare(written)
 
 
 class DistillModel(nn.Module):

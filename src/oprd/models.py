@@ -322,6 +322,14 @@ def read_shape(model: str | PreTrainedModel, gguf_file: str | None = None) -> Sh
     )
 
 
+def count_parameters(model: str | PreTrainedModel, gguf_file: str | None = None) -> int:
+    """Parameters of a model, from its config alone when it is given by name."""
+    if isinstance(model, str):
+        with torch.device("meta"):
+            model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(_config(model, gguf_file)))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def _config(model: str, gguf_file: str | None) -> Any:
     adapter = Path(model) / "adapter_config.json"
     if adapter.is_file():

@@ -50,6 +50,25 @@ class PromptBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pairing:
+    """One completion in two tokenizations: tokens of the student's and the teacher's that end at the same byte."""
+
+    teacher_ids: tuple[int, ...]
+    """The completion as the teacher reads it."""
+    student: tuple[int, ...]
+    """Positions in the student's completion, strictly increasing."""
+    teacher: tuple[int, ...]
+    """Their partners in `teacher_ids`, strictly increasing."""
+
+    def __post_init__(self) -> None:
+        assert len(self.student) == len(self.teacher), (len(self.student), len(self.teacher))
+
+
+Answer = Pairing
+"""Closed union of what a teacher attaches to a completion in `prepare`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollouts:
     """Completions and the prompts they answer, ragged, one entry per completion."""
 
@@ -58,10 +77,13 @@ class Rollouts:
     """Sampled token ids, the stop token included. May be empty for a completion."""
     finished: tuple[bool, ...]
     """False: cut at the length limit; no end-of-text is invented."""
+    answers: tuple[Answer, ...] | None = None
+    """What the teacher attached to each completion in `prepare`; None when it needs nothing there."""
 
     def __post_init__(self) -> None:
         sizes = (len(self.prompts), len(self.completion_ids), len(self.finished))
         assert len(set(sizes)) == 1, sizes
+        assert self.answers is None or len(self.answers) == len(self.prompts), len(self.answers)
 
     def __len__(self) -> int:
         return len(self.completion_ids)
@@ -77,7 +99,40 @@ class Rollouts:
             prompts=tuple(self.prompts[i] for i in rows),
             completion_ids=tuple(self.completion_ids[i] for i in rows),
             finished=tuple(self.finished[i] for i in rows),
+            answers=None if self.answers is None else tuple(self.answers[i] for i in rows),
         )
+
+    def supervised(self, tokens: "TokenSelection") -> tuple[int, ...]:
+        """Supervised tokens of each completion: the selected ones, and of these the paired ones where there are pairs."""
+        if self.answers is None:
+            return tuple(tokens.count(length) for length in self.lengths)
+        spans = [tokens.span(length) for length in self.lengths]
+        return tuple(
+            sum(start <= at < stop for at in answer.student)
+            for answer, (start, stop) in zip(self.answers, spans, strict=True)
+        )
+
+
+def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
+    """The rollouts of all parts behind each other. Parts with and without answers do not mix."""
+    answered = [part.answers is not None for part in parts if len(part)]
+    assert len(set(answered)) <= 1, answered
+    return Rollouts(
+        prompts=tuple(prompt for part in parts for prompt in part.prompts),
+        completion_ids=tuple(ids for part in parts for ids in part.completion_ids),
+        finished=tuple(done for part in parts for done in part.finished),
+        answers=tuple(answer for part in parts for answer in part.answers or ()) if any(answered) else None,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tally:
+    """A number of one step that adds up over processes: `total`, or `total / of` where `of` is given."""
+
+    name: str
+    """The metric's name, its reduction at the end: `teacher/paired/share`."""
+    total: float
+    of: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

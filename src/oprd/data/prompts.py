@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,8 +61,14 @@ class PromptSampler:
 
     def _row(self, place: int) -> int:
         epoch, at = divmod(place, len(self._prompts))
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-        return int(torch.randperm(len(self._prompts), generator=generator)[at])
+        return _epoch_order(len(self._prompts), self._seed, epoch)[at]
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(size: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """The shuffled rows of an epoch; kept, because every prompt of every step asks for it."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return tuple(torch.randperm(size, generator=generator).tolist())
 
 
 def read_rows(source: str, split: str = "train") -> Iterator[tuple[str, Mapping[str, Any]]]:

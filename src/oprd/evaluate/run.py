@@ -1,8 +1,8 @@
 """Evaluate a model: sample, verify, count. Each completion is kept with its verdict."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,11 @@ class Evaluation:
     no_answer_share: float
     timed_out: int
     """Completions whose verification met the time limit; they count as wrong."""
+
+
+def evaluation_from(row: Mapping[str, Any]) -> Evaluation:
+    """An evaluation from its stored line, which may say more (the step, the model)."""
+    return Evaluation(**{field.name: row[field.name] for field in fields(Evaluation)})
 
 
 Gather = Callable[[list[Any]], list[Any]]

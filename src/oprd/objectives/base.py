@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oprd.config import Tokens
-from oprd.types import Reading, States, TeacherTargets, TokenSelection
+from oprd.types import Reading, Rollouts, States, TeacherTargets, TokenSelection
 
 LAST_K = 2000
 """Supervised tokens of a completion under first_k and last_k unless given [paper]."""
@@ -33,15 +33,19 @@ class Objective(ABC):
     def per_token(self, student: States, teacher: TeacherTargets) -> Float[Tensor, " N"]:
         """One value per supervised token. Gradient flows to the student only; nothing is averaged here."""
 
-    def weights(self, lengths: tuple[int, ...]) -> tuple[float, ...]:
-        """Weight of each supervised token of a completion, before the one division by their total over the step.
-
-        `token_mean`: 1 each, so the total is the number of supervised tokens. `sequence_mean`: one over the completion's
-        supervised tokens, so the total is the number of completions that have any (the paper's Eq. 6).
-        """
+    def weights(self, rollouts: Rollouts) -> tuple[float, ...]:
+        """Weight of each supervised token of a completion, before the one division by `divisor` over the step."""
         if self.reduction == "token_mean":
-            return tuple(1.0 for _ in lengths)
-        return tuple(1.0 / max(1, self.tokens.count(length)) for length in lengths)
+            return tuple(1.0 for _ in range(len(rollouts)))
+        return tuple(1.0 / max(1, count) for count in rollouts.supervised(self.tokens))
+
+    def divisor(self, rollouts: Rollouts) -> float:
+        """What these rollouts add to the divisor of the step.
+
+        `token_mean`: the supervised tokens. `sequence_mean`: the completions that have any (the paper's Eq. 6).
+        """
+        counts = rollouts.supervised(self.tokens)
+        return float(sum(counts) if self.reduction == "token_mean" else sum(count > 0 for count in counts))
 
 
 def token_selection(tokens: Tokens, k: int | None) -> TokenSelection:

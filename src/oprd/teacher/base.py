@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import ClassVar
 
-from oprd.types import Prompt, Reading, Rollouts, TeacherTargets
+from oprd.types import Prompt, Reading, Rollouts, Tally, TeacherTargets
 
 
 class Teacher(ABC):
@@ -13,9 +13,17 @@ class Teacher(ABC):
     provides: ClassVar[frozenset[type]]
     """Target types this teacher can give."""
 
-    def prepare(self, rollouts: Rollouts) -> None:  # noqa: B027
-        """Called once a step with all rollouts of this process, before any targets. Local teachers do nothing;
-        remote ones send all their requests here."""
+    def prepare(self, rollouts: Rollouts) -> Rollouts:
+        """Called once a step with all rollouts of this process, before any targets: returns what will be learned on.
+
+        Local teachers of the student's tokenizer return them as they are. Remote ones send all their requests here and
+        attach the answers; one that rewrites returns other completions.
+        """
+        return rollouts
+
+    def tallies(self) -> tuple[Tally, ...]:
+        """What the last `prepare` has to report in the step's metrics; the same names on every process at every step."""
+        return ()
 
     @abstractmethod
     def targets(self, rollouts: Rollouts, readings: Iterable[Reading], *, head: bool) -> TeacherTargets:

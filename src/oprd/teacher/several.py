@@ -5,7 +5,7 @@ from typing import final
 
 from oprd.errors import DataError
 from oprd.teacher.base import Teacher
-from oprd.types import HiddenTargets, Prompt, Reading, Rollouts, TeacherTargets
+from oprd.types import HiddenTargets, Prompt, Reading, Rollouts, Tally, TeacherTargets, concatenate
 
 
 @final
@@ -27,11 +27,22 @@ class SeveralTeachers(Teacher):
         for name, teacher in self._teachers.items():
             teacher.check_prompts(p for p in prompts if p.teacher == name)
 
-    def prepare(self, rollouts: Rollouts) -> None:
+    def prepare(self, rollouts: Rollouts) -> Rollouts:
+        order: list[int] = []
+        parts: list[Rollouts] = []
         for name, teacher in self._teachers.items():
             rows = [i for i, prompt in enumerate(rollouts.prompts) if prompt.teacher == name]
-            if rows:
-                teacher.prepare(rollouts.take(rows))
+            order += rows
+            parts.append(teacher.prepare(rollouts.take(rows)))
+        together = concatenate(parts)
+        return together.take([order.index(i) for i in range(len(order))])
+
+    def tallies(self) -> tuple[Tally, ...]:
+        return tuple(
+            Tally(name=f"{tally.name.replace('teacher/', f'teacher_{name}/', 1)}", total=tally.total, of=tally.of)
+            for name, teacher in self._teachers.items()
+            for tally in teacher.tallies()
+        )
 
     def targets(self, rollouts: Rollouts, readings: Iterable[Reading], *, head: bool) -> TeacherTargets:
         names = {prompt.teacher for prompt in rollouts.prompts}

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from oprd.algorithm import DistillModel
 from oprd.config import LocalTeacherConfig, Recipe, SelfTeacherConfig, SeveralTeachersConfig, TeacherConfig
@@ -28,6 +28,7 @@ from oprd.models import (
     Shape,
     check_same_shape,
     check_same_tokens,
+    count_parameters,
     freeze_unused,
     frozen_copy,
     is_peft,
@@ -144,12 +145,7 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
         log_with=list(recipe.report_to) or None,
         project_dir=recipe.output_dir,
     )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise ConfigError(
-            f"{launched} processes were launched, but each would train alone (accelerate sees "
-            f"{accelerator.num_processes}); on a machine without a GPU set ACCELERATE_USE_CPU=true"
-        )
+    _refuse_separate_processes(accelerator)
     checked = check(recipe, given, world_size=accelerator.num_processes)
     accelerator.wait_for_everyone()
     folder = RunFolder(recipe.output_dir)
@@ -163,14 +159,7 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
         frozen = frozen_copy(student).to(accelerator.device)
     distill = DistillModel(lm, objectives)
     freeze_unused(lm, max(reading.block for reading in distill.readings), head=distill.uses_head)
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in distill.parameters() if parameter.requires_grad],
-        lr=recipe.learning_rate,
-        betas=(recipe.adam_beta1, recipe.adam_beta2),
-        eps=recipe.adam_epsilon,
-        weight_decay=recipe.weight_decay,
-    )
-    model, prepared = accelerator.prepare(distill, optimizer)
+    model, prepared = accelerator.prepare(distill, _optimizer(recipe, distill))
     assert isinstance(prepared.optimizer, torch.optim.Optimizer)
     if isinstance(model, FSDPModule):
         for method in ("read", "generate"):
@@ -221,6 +210,26 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
             num_training_steps=recipe.max_steps,
         ),
         read=read,
+    )
+
+
+def _refuse_separate_processes(accelerator: Accelerator) -> None:
+    """Processes that accelerate does not see would train alone, each writing the same folder."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ConfigError(
+            f"{launched} processes were launched, but each would train alone (accelerate sees "
+            f"{accelerator.num_processes}); on a machine without a GPU set ACCELERATE_USE_CPU=true"
+        )
+
+
+def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=recipe.learning_rate,
+        betas=(recipe.adam_beta1, recipe.adam_beta2),
+        eps=recipe.adam_epsilon,
+        weight_decay=recipe.weight_decay,
     )
 
 
@@ -296,13 +305,7 @@ def _build_teacher(
 
 def _disk_gib(recipe: Recipe, student: str | PreTrainedModel) -> float:
     """Checkpoints hold weights and two moments of what is trained, in float32; the student is written once more."""
-    if isinstance(student, str):
-        options = {"gguf_file": recipe.student.gguf_file} if recipe.student.gguf_file else {}
-        with torch.device("meta"):
-            student = cast(
-                PreTrainedModel, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(student, **options))
-            )
-    parameters = sum(parameter.numel() for parameter in student.parameters())
+    parameters = count_parameters(student, recipe.student.gguf_file)
     if recipe.student.lora is not None:
         return 0.02 + parameters * 0.05 * 4 * 3 * (recipe.save_total_limit + 1) / 2**30
     return (parameters * 4 * 3 * (recipe.save_total_limit + 1) + parameters * 4) / 2**30

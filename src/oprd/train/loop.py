@@ -20,7 +20,7 @@ from oprd.config import recipe_to_yaml
 from oprd.data.chat import decode, encode, end_of_turn
 from oprd.data.collate import collate, split_by_tokens
 from oprd.errors import Interrupted, TrainingStopped
-from oprd.evaluate.run import Evaluation, evaluate
+from oprd.evaluate.run import Evaluation, evaluate, evaluation_from
 from oprd.evaluate.verify import Verifier
 from oprd.objectives.base import Objective
 from oprd.progress import Bar, console, progress_bar
@@ -31,7 +31,7 @@ from oprd.train.health import Health, health_from_sums, health_readings, health_
 from oprd.train.log import Clock, Interrupt, derive_seed, peak_memory_gib
 from oprd.train.run_folder import read_jsonl, write_atomically
 from oprd.train.save import save_student
-from oprd.types import Prompt, Rollouts
+from oprd.types import MicroBatch, Prompt, Rollouts
 
 TRUNCATED_ALARM = 0.1
 """Above this share of truncated completions in a step the user is warned, once."""
@@ -129,24 +129,24 @@ def _step(run: Run, progress: Progress, bar: Bar) -> None:
     step = progress.step + 1
     clock = Clock(run.accelerator.device)
     with clock.section("rollout"):
-        rollouts = _rollouts(run, step)
+        written, learned = _rollouts(run, step)
     torch.manual_seed(derive_seed(recipe.seed, "update", step, rank))  # dropout
-    update = update_step(run, rollouts, clock)
+    update = update_step(run, learned, clock)
     learning_rate = run.scheduler.get_last_lr()[0]
     if update.finite:
         run.scheduler.step()
     progress.step = step
     progress.skipped_in_a_row = 0 if update.finite else progress.skipped_in_a_row + 1
     progress.skipped_steps += not update.finite
-    health = _health(run, rollouts) if recipe.health_tokens and step % recipe.logging_steps == 0 else None
-    metrics = _metrics(run, update, health, rollouts) | {"train/learning_rate": learning_rate}
+    health = _health(run, written) if recipe.health_tokens and step % recipe.logging_steps == 0 else None
+    metrics = _metrics(run, update, health, written) | {"train/learning_rate": learning_rate}
     bar.advance(1, _note(run.objectives, update, health))
     if run.accelerator.is_main_process and step % recipe.logging_steps == 0:
         skipped = {"train/skipped_steps/total": progress.skipped_steps}
         machine = clock.metrics() | {"memory/peak_gib": round(peak_memory_gib(run.accelerator.device), 3)}
         run.folder.append(run.folder.metrics, {"step": step} | metrics | skipped | machine)
         run.accelerator.log(metrics | skipped | machine, step=step)
-        for row in _samples(run, rollouts):
+        for row in _samples(run, written):
             run.folder.append(run.folder.samples, {"step": step} | row)
     _warn_of_truncation(run, progress, float(metrics["rollout/truncated/share"]))
     if progress.skipped_in_a_row >= recipe.max_skipped_steps:
@@ -161,18 +161,17 @@ def _step(run: Run, progress: Progress, bar: Bar) -> None:
 def update_step(run: Run, rollouts: Rollouts, clock: Clock) -> Update:
     """One optimizer step on the rollouts of all processes.
 
-    Each objective's sum over tokens is divided once, by its total weight over all micro-batches and processes: however the
+    Each objective's sum over tokens is divided once, by its divisor over all micro-batches and processes: however the
     batch is split, the update is the same. A process with fewer micro-batches repeats its first with weight zero.
     """
     accelerator, objectives = run.accelerator, run.objectives
     micros = split_by_tokens(rollouts, run.recipe.micro_batch_tokens)
-    weights = [objective.weights(rollouts.lengths) for objective in objectives]
-    counts = [[o.tokens.count(length) for length in rollouts.lengths] for o in objectives]
-    totals = [sum(w * n for w, n in zip(ws, ns, strict=True)) for ws, ns in zip(weights, counts, strict=True)]
-    everywhere = _gather(run, [float(len(micros)), *totals, *(float(sum(ns)) for ns in counts)])
+    divisors = [objective.divisor(rollouts) for objective in objectives]
+    counts = [float(sum(rollouts.supervised(objective.tokens))) for objective in objectives]
+    everywhere = _gather(run, [float(len(micros)), *divisors, *counts])
     passes = int(everywhere[:, 0].max())
     denominators, supervised = everywhere[:, 1:].sum(0).split(len(objectives))
-    if not bool((denominators > 0).all()):
+    if not bool((supervised > 0).all()):
         raise TrainingStopped(
             "no token of this step is supervised: every completion is empty. Does the chat template end the prompt where "
             "the assistant starts to write, and is the stop token not the first thing it writes?"
@@ -186,13 +185,7 @@ def update_step(run: Run, rollouts: Rollouts, clock: Clock) -> Update:
             targets = run.teacher.targets(micro, run.readings, head=run.uses_head)
         last = number == passes - 1
         with clock.section("update"), contextlib.nullcontext() if last else accelerator.no_sync(run.model):
-            batch = collate(
-                [prompt.token_ids for prompt in micro.prompts],
-                micro.completion_ids,
-                pad_id=run.lm.pad_id,
-                device=accelerator.device,
-            )
-            values = run.model(batch, targets)
+            values = run.model(_student_batch(run, micro), targets)
             # weighted on the device, one entry per supervised token of the micro-batch
             totals_here = [
                 (value * _token_weights(objective, micro, value) * real).sum()
@@ -216,19 +209,25 @@ def update_step(run: Run, rollouts: Rollouts, clock: Clock) -> Update:
     return Update(losses=tuple(losses), supervised=tuple(map(int, supervised.tolist())), grad_norm=norm, finite=finite)
 
 
+def _student_batch(run: Run, rollouts: Rollouts) -> MicroBatch:
+    """The rollouts behind the prompts as the student reads them."""
+    prompts = [prompt.token_ids for prompt in rollouts.prompts]
+    return collate(prompts, rollouts.completion_ids, pad_id=run.lm.pad_id, device=run.accelerator.device)
+
+
 def _token_weights(objective: Objective, micro: Rollouts, like: torch.Tensor) -> torch.Tensor:
-    counts = [objective.tokens.count(length) for length in micro.lengths]
-    weights = torch.tensor(objective.weights(micro.lengths), dtype=like.dtype)
-    return weights.repeat_interleave(torch.tensor(counts)).to(like.device)
+    weights = torch.tensor(objective.weights(micro), dtype=like.dtype)
+    return weights.repeat_interleave(torch.tensor(micro.supervised(objective.tokens))).to(like.device)
 
 
-def _rollouts(run: Run, step: int) -> Rollouts:
-    """The student's completions, or the dataset's on an off-policy step (GKD's lambda)."""
+def _rollouts(run: Run, step: int) -> tuple[Rollouts, Rollouts]:
+    """What was written and what is learned on: the student's completions, or on an off-policy step the dataset's (GKD)."""
     recipe = run.recipe
     prompts = run.sampler.batch(step - 1)
     draw = torch.Generator().manual_seed(derive_seed(recipe.seed, "lambda", step))
     if float(torch.rand((), generator=draw)) >= recipe.rollout.lambda_on_policy:
-        return _given_rollouts(run, prompts.prompts)
+        given = _given_rollouts(run, prompts.prompts)
+        return given, run.teacher.prepare(given)
     sampling = Sampling(
         temperature=recipe.rollout.sampling_temperature,
         top_p=recipe.rollout.top_p,
@@ -244,27 +243,19 @@ def _given_rollouts(run: Run, prompts: Sequence[Prompt]) -> Rollouts:
     tokenizer, longest = run.lm.tokenizer, run.recipe.rollout.max_completion_length
     stop = end_of_turn(tokenizer, run.stop_ids)
     ids = [(*encode(tokenizer, prompt.completion or ""), stop) for prompt in prompts]
-    rollouts = Rollouts(
+    return Rollouts(
         prompts=tuple(prompts),
         completion_ids=tuple(row[:longest] for row in ids),
         finished=tuple(len(row) <= longest for row in ids),
     )
-    run.teacher.prepare(rollouts)
-    return rollouts
 
 
 def _health(run: Run, rollouts: Rollouts) -> Health | None:
     sample = health_sample(rollouts, run.recipe.health_tokens)
     readings = health_readings(run.lm.num_blocks)
     targets = run.teacher.targets(sample, readings, head=True)
-    batch = collate(
-        [prompt.token_ids for prompt in sample.prompts],
-        sample.completion_ids,
-        pad_id=run.lm.pad_id,
-        device=run.accelerator.device,
-    )
     run.model.eval()
-    sums = run.read(batch, readings, True, partial(measure, teacher=targets))
+    sums = run.read(_student_batch(run, sample), readings, True, partial(measure, teacher=targets))
     return health_from_sums(_gather(run, sums.tolist()).sum(0))
 
 
@@ -274,6 +265,8 @@ def _metrics(run: Run, update: Update, health: Health | None, rollouts: Rollouts
     empty = sum(length == 0 or (length == 1 and done) for length, done in zip(lengths, rollouts.finished, strict=True))
     mine = [len(rollouts), sum(lengths), sum(not done for done in rollouts.finished), empty]
     completions, generated, truncated, empties = _gather(run, list(map(float, mine))).sum(0).tolist()
+    tallies = run.teacher.tallies()
+    told = _gather(run, [x for tally in tallies for x in (tally.total, tally.of or 0.0)]).sum(0).tolist()
     names = term_names(run.objectives)
     total = sum(o.coefficient * loss for o, loss in zip(run.objectives, update.losses, strict=True))
     return {
@@ -285,6 +278,10 @@ def _metrics(run: Run, update: Update, health: Health | None, rollouts: Rollouts
         "rollout/length/mean": generated / completions,
         "rollout/truncated/share": truncated / completions,
         "rollout/empty/share": empties / completions,
+        **{
+            tally.name: total if tally.of is None else total / max(of, 1.0)
+            for tally, total, of in zip(tallies, told[::2], told[1::2], strict=True)
+        },
         **(health.metrics() if health is not None else {}),
     }
 
@@ -330,7 +327,7 @@ def _evaluate(run: Run, progress: Progress, verifier: Verifier | None) -> tuple[
     for benchmark in run.benchmarks:
         row = known.get((progress.step, benchmark.name))
         if row is not None:
-            results.append(Evaluation(**{key: value for key, value in row.items() if key != "step"}))
+            results.append(evaluation_from(row))
             continue
         assert verifier is not None
         file = run.folder.path / "evaluations" / f"step-{progress.step:06d}" / f"{benchmark.name}.jsonl"
@@ -414,4 +411,4 @@ def _any(run: Run, flag: bool) -> bool:
 
 def _read_result(file: Path) -> Result:
     stored = json.loads(file.read_text(encoding="utf-8"))
-    return Result(**(stored | {"evaluations": tuple(Evaluation(**row) for row in stored["evaluations"])}))
+    return Result(**(stored | {"evaluations": tuple(map(evaluation_from, stored["evaluations"]))}))
