@@ -2,20 +2,18 @@
 
 SmolLM2-135M, full weights, float32. The update is teacher forward, student forward, loss and backward. The floor is the
 bare forward of the teacher's blocks, then forward and backward of the student's blocks. Both are timed in turns in one
-run; peak memory is that of a fresh process each, above the loaded models.
+run; peak memory is what tensors hold at most above the two loaded models.
 """
 
 import json
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from memory import peak_gib
 from oprd.algorithm import DistillModel
 from oprd.config import HiddenMSEConfig
 from oprd.data.collate import collate
@@ -40,7 +38,7 @@ def load() -> tuple[LanguageModel, LanguageModel]:
     )
 
 
-def make(which: str):
+def make():
     """One update, and one floor, as functions without arguments."""
     student, teacher = load()
     ids = torch.randint(
@@ -66,18 +64,12 @@ def make(which: str):
         out.last_hidden_state.sum().backward()
         model.zero_grad()
 
-    return {"update": update, "floor": floor}[which] if which != "both" else (update, floor)
-
-
-def peak_gib(which: str) -> float:
-    """Peak resident memory of a fresh process that does it twice."""
-    done = subprocess.run([sys.executable, __file__, which], capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+    return update, floor
 
 
 def main() -> None:
     torch.set_num_threads(2)
-    update, floor = make("both")
+    update, floor = make()
     update(), floor()
     ratios, seconds = [], {"update": [], "floor": []}
     for _ in range(ROUNDS):
@@ -86,7 +78,7 @@ def main() -> None:
             work()
             seconds[name].append(time.perf_counter() - start)
         ratios.append(seconds["update"][-1] / seconds["floor"][-1])
-    memory = {which: peak_gib(which) for which in ("floor", "update")}
+    memory = {"floor": round(peak_gib(floor), 3), "update": round(peak_gib(update), 3)}
     result = {
         "seconds_median": {name: round(statistics.median(values), 3) for name, values in seconds.items()},
         "ratio_median": round(statistics.median(ratios), 3),
@@ -107,9 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        work = make(sys.argv[1])
-        work(), work()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-    else:
-        main()
+    main()

@@ -128,8 +128,15 @@ def main() -> None:
         console.print(str(error), markup=False, highlight=False)
         sys.exit(EXIT_USER_ERROR)
     except Interrupted as error:
-        console.print(f"{error}; go on with resume_from_checkpoint=latest", highlight=False)
+        console.print(f"{error}. {_go_on()}", highlight=False)
         sys.exit(EXIT_INTERRUPTED)
     except KeyboardInterrupt:
-        console.print("stopped at once; the last checkpoint is intact. Go on with resume_from_checkpoint=latest")
+        console.print(f"stopped at once; the last checkpoint, if there is one, is intact. {_go_on()}", highlight=False)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _go_on() -> str:
+    """What to type after an interrupt."""
+    if sys.argv[1:2] == ["train"]:
+        return "Go on with the same command and resume_from_checkpoint=latest"
+    return "The same command goes on from there" if sys.argv[1:2] == ["demo"] else "Nothing that was written is lost"

@@ -204,9 +204,9 @@ def load_student(config: StudentConfig, given: PreTrainedModel | None = None) ->
 
 
 def load_teacher(
-    config: LocalTeacherConfig, device: torch.device, given: PreTrainedModel | None = None
+    config: LocalTeacherConfig, device: torch.device, given: PreTrainedModel | None = None, *, head: bool = True
 ) -> PreTrainedModel:
-    """A frozen model in its own dtype on its own device, in evaluation mode."""
+    """A frozen model in its own dtype on its own device, in evaluation mode. `head`: whether its LM head will be asked for."""
     if given is None:
         quantization = None
         if config.quantization is not None:
@@ -220,12 +220,21 @@ def load_teacher(
             attn_implementation="sdpa",
             quantization_config=quantization,
         )
+        if not head:
+            _drop_head(model)
         if quantization is None:
             model = model.to(torch.device(config.device) if config.device else device)
     else:
         model = given
     check_finite(model, config.model)
     return model.eval().requires_grad_(False)
+
+
+def _drop_head(model: PreTrainedModel) -> None:
+    """Free an LM head that nothing reads, unless it is the embedding as well."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        model.set_output_embeddings(nn.Identity())
 
 
 def load_for_generation(model: str, gguf_file: str | None, device: torch.device) -> PreTrainedModel:

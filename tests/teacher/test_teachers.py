@@ -16,6 +16,8 @@ from oprd.errors import DataError, TeacherMismatch
 from oprd.models import check_same_tokens, read_states
 from oprd.teacher.local import LocalTeacher
 from oprd.train.build import build
+from oprd.train.log import Clock
+from oprd.train.loop import update_step
 from oprd.train.run import run_recipe
 from oprd.types import Message, Prompt, Reading, Rollouts, TokenSelection
 
@@ -161,3 +163,18 @@ def test_another_vocabulary_is_refused_by_content_not_by_size(tmp_path):
     theirs.add_tokens(["<|tool|>"])
     with pytest.raises(TeacherMismatch, match=r"another vocabulary: 1 entries differ, the first \('<\|tool\|>', 262\)"):
         check_same_tokens(ours, theirs, "other")
+
+
+@pytest.mark.parametrize(("health_tokens", "kept"), [(0, False), (16, True)])
+def test_an_untied_head_of_the_teacher_is_kept_only_when_something_reads_it(health_tokens, kept, tmp_path, train_file):
+    lm = load_miniature("base")
+    shape = {**lm.model.config.to_dict(), "tie_word_embeddings": False}
+    Qwen3ForCausalLM(Qwen3Config(**shape)).save_pretrained(tmp_path / "untied")
+    lm.tokenizer.save_pretrained(tmp_path / "untied")
+    teacher = {"type": "local", "model": str(tmp_path / "untied"), "dtype": "float32"}
+    run = build(
+        parse_recipe(miniature_recipe(tmp_path / "run", train_file, teacher=teacher, health_tokens=health_tokens))
+    )
+    names = dict(run.teacher._lm.model.named_parameters())
+    assert ("lm_head.weight" in names) == kept
+    assert update_step(run, rollouts(run.lm), Clock(torch.device("cpu"))).finite

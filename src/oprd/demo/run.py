@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from oprd.config import Recipe, parse_recipe
 from oprd.demo.task import sums, write_jsonl
@@ -25,6 +26,7 @@ OBJECTIVES = {
 def run_demo(out: Path, *, seed: int = 0) -> dict[str, Evaluation]:
     """Train both students, score all four models, print the table. An interrupted demo goes on where it stopped."""
     start = time.perf_counter()
+    disable_progress_bar()  # these models load in an instant
     out.mkdir(parents=True, exist_ok=True)
     train, held_out = out / "train.jsonl", out / "held_out.jsonl"
     # the two splits are disjoint by construction, whatever the seeds

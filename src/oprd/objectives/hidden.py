@@ -5,11 +5,12 @@
 at the positions of the sampled tokens themselves [code]. No LM head takes part on either side.
 """
 
-from typing import final
+from typing import cast, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from oprd.config import HiddenMSEConfig
 from oprd.errors import ConfigError
@@ -36,11 +37,17 @@ class HiddenMSE(Objective):
         self._distance = normalized_hidden_mse if config.normalization == "l2" else hidden_mse
 
     def per_token(self, student: States, teacher: HiddenTargets) -> Float[Tensor, " N"]:
-        distances = [
-            self._distance(student.hidden[reading], teacher.hidden[reading].to(student.hidden[reading].device))
-            for reading in self.readings
-        ]
-        return torch.stack(distances).mean(0)
+        return torch.stack([self._block(student.hidden[r], teacher.hidden[r]) for r in self.readings]).mean(0)
+
+    def _block(self, student: Float[Tensor, "N D"], teacher: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
+        # backward takes the difference anew from the two states, which are there anyway: kept for every block it would
+        # be a third set of states
+        return cast(
+            Tensor,
+            checkpoint(
+                self._distance, student, teacher.to(student.device), use_reentrant=False, preserve_rng_state=False
+            ),
+        )
 
 
 def select_blocks(config: HiddenMSEConfig, blocks: int) -> tuple[int, ...]:

@@ -170,7 +170,8 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
         with accelerator.autocast():
             return inner.read(batch, readings, head, then)
 
-    teacher = _build_teacher(recipe.teacher, given, checked, lm, frozen, accelerator, read)
+    reads_head = distill.uses_head or recipe.health_tokens > 0
+    teacher = _build_teacher(recipe.teacher, given, checked, lm, frozen, accelerator, read, reads_head)
     teacher.check_prompts(checked.prompts)
     stops = stop_ids(checked.tokenizer, lm.core.generation_config)
     engine = HFEngine(
@@ -270,13 +271,15 @@ def _build_teacher(
     frozen: PreTrainedModel | None,
     accelerator: Accelerator,
     read: Callable[..., Any],
+    reads_head: bool,
     name: str = "",
 ) -> Teacher:
     if isinstance(config, SeveralTeachersConfig):
         build_one = partial(
             _build_teacher, given=Given(), checked=checked, lm=lm, frozen=frozen, accelerator=accelerator
         )
-        return SeveralTeachers({n: build_one(member, read=read, name=n) for n, member in config.teachers.items()})
+        members = config.teachers.items()
+        return SeveralTeachers({n: build_one(one, read=read, reads_head=reads_head, name=n) for n, one in members})
     if isinstance(config, SelfTeacherConfig):
         own = (
             lm
@@ -294,7 +297,7 @@ def _build_teacher(
             read=read if frozen is None else None,
             without_adapter=off,
         )
-    model = load_teacher(config, accelerator.device, given.teacher)
+    model = load_teacher(config, accelerator.device, given.teacher, head=reads_head)
     return LocalTeacher(
         LanguageModel(model=model, tokenizer=checked.teacher_tokenizers[name], name=config.model),
         context=read_shape(model).context,

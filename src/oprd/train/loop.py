@@ -370,7 +370,8 @@ def _start(run: Run) -> Progress:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and asked is not None:
         folder.cut_after(progress.step)
-        console.print(f"{folder.path}: going on after step {progress.step}.", highlight=False)
+        if found is not None:
+            console.print(f"{folder.path}: going on after step {progress.step}.", highlight=False)
     if recipe.report_to:
         accelerator.init_trackers("oprd", config={"recipe": recipe_to_yaml(recipe)})
     accelerator.wait_for_everyone()
