@@ -101,6 +101,26 @@ def test_a_run_on_real_problems_writes_what_it_promises(smollm2, dapo, tmp_path)
     assert "max_steps: 2" in (student / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("quantization", "layer", "nearness"), [("8bit", "Linear8bitLt", 0.9), ("4bit", "Linear4bit", 0.6)]
+)
+def test_a_quantized_teacher_answers_nearly_as_the_whole_one(
+    quantization, layer, nearness, smollm2, dapo, fixed, tmp_path
+):
+    teacher = {"type": "local", "model": str(smollm2), "dtype": "float32", "quantization": quantization}
+    run = build(parse_recipe(tree(smollm2, dapo, tmp_path / "run", teacher=teacher)))
+    rollouts = Rollouts(prompts=run.prompts[:2], completion_ids=fixed, finished=(False, False))
+    *_, reading = run.readings
+    assert layer in {type(module).__name__ for module in run.teacher._lm.model.modules()}
+    answer = run.teacher.targets(rollouts, [reading], head=False).hidden[reading].float()
+    whole = run.read(
+        collate([p.token_ids for p in rollouts.prompts], fixed, pad_id=0, device=answer.device), [reading], False
+    )
+    cosine = float(torch.cosine_similarity(whole.hidden[reading], answer, dim=-1).mean())
+    assert nearness < cosine < 1 - 1e-6, cosine  # the student is the same model, whole
+    assert update_step(run, rollouts, Clock(torch.device("cpu"))).finite
+
+
 def test_every_recipe_loads_and_is_what_its_first_line_says():
     files = sorted((ROOT / "recipes").glob("*.yaml"))
     assert files

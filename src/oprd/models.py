@@ -7,6 +7,7 @@ of Hugging Face's `hidden_states` is so, and the authors' code uses that tuple [
 import contextlib
 import copy
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,6 +211,8 @@ def load_teacher(
     if given is None:
         quantization = None
         if config.quantization is not None:
+            # it says once a layer and forward pass that inputs are cast, which is what was asked for
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
             quantization = BitsAndBytesConfig(
                 load_in_8bit=config.quantization == "8bit", load_in_4bit=config.quantization == "4bit"
             )
