@@ -128,11 +128,13 @@ def main() -> None:
         console.print(str(error), markup=False, highlight=False)
         sys.exit(EXIT_USER_ERROR)
     except Interrupted as error:
-        console.print(f"{error}. {_go_on()}", highlight=False)
+        console.print(f"{error}. {_go_on()}.", highlight=False)
         sys.exit(EXIT_INTERRUPTED)
-    except KeyboardInterrupt:
-        console.print(f"stopped at once; the last checkpoint, if there is one, is intact. {_go_on()}", highlight=False)
-        sys.exit(EXIT_INTERRUPTED)
+    except SystemExit as exit:
+        # typer turns a Ctrl-C outside of the loop into this exit, in silence
+        if exit.code == EXIT_INTERRUPTED:
+            console.print(f"Stopped at once; what was saved before is intact. {_go_on()}.", highlight=False)
+        raise
 
 
 def _go_on() -> str:
