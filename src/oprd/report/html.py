@@ -16,6 +16,7 @@ from oprd.errors import RunFolderError
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's colour-blind safe set."""
 SAMPLES = 4
+LEGEND_ROW_PX = 20
 
 Row = Mapping[str, Any]
 
@@ -39,11 +40,14 @@ class Plot:
     title: str
     y: str
     keys: tuple[str, ...]
+    log: bool = False
+    """Logarithmic y: runs whose sizes have nothing to do with each other."""
 
 
 PLOTS = (
-    Plot(title="Loss by term", y="see the objective's unit", keys=("train/oprd/mean", "train/reverse_kl/mean", "train/forward_kl/mean", "train/jsd/mean")),
-    Plot(title="Gradient norm before clipping", y="norm", keys=("train/grad_norm",)),
+    Plot(title="Hidden-state loss", y="squared units of the state", keys=("train/oprd/mean",)),
+    Plot(title="Divergence", y="nats per token", keys=("train/reverse_kl/mean", "train/forward_kl/mean", "train/jsd/mean")),
+    Plot(title="Gradient norm before clipping", y="norm", keys=("train/grad_norm",), log=True),
     Plot(title="Learning rate", y="rate", keys=("train/learning_rate",)),
     Plot(title="Completion length", y="tokens", keys=("rollout/length/mean",)),
     Plot(title="Truncated and empty completions", y="share", keys=("rollout/truncated/share", "rollout/empty/share")),
@@ -169,7 +173,7 @@ def _curves(plot: Plot, runs: Sequence[RunFiles]) -> go.Figure | None:
                 mode="lines",
                 line={"color": COLOURS[i % len(COLOURS)], "dash": ("solid", "dash", "dot", "dashdot")[j % 4]},
             )
-    return _titled(figure, plot.title, "step", plot.y)
+    return _titled(figure, plot.title, "step", plot.y, log=plot.log)
 
 
 def _accuracy(runs: Sequence[RunFiles]) -> go.Figure | None:
@@ -210,16 +214,18 @@ def _cosines(runs: Sequence[RunFiles]) -> go.Figure | None:
     return _titled(figure, "Cosine of student and teacher states", "block", "cosine")
 
 
-def _titled(figure: go.Figure, title: str, x: str, y: str) -> go.Figure | None:
+def _titled(figure: go.Figure, title: str, x: str, y: str, *, log: bool = False) -> go.Figure | None:
     if not figure.data:
         return None
+    legend_rows = -(-len(figure.data) // 2)
     return figure.update_layout(
         template="none",
         title={"text": title, "x": 0.02, "font": {"size": 15}},
         xaxis={"title": x},
-        yaxis={"title": y, "automargin": True},
-        margin={"l": 60, "r": 16, "t": 44, "b": 110},
-        legend={"orientation": "h", "yanchor": "top", "y": -0.3},
+        yaxis={"title": y, "automargin": True, "type": "log" if log else "linear"},
+        height=360 + LEGEND_ROW_PX * legend_rows,
+        margin={"l": 60, "r": 16, "t": 44, "b": 70 + LEGEND_ROW_PX * legend_rows},
+        legend={"orientation": "h", "yanchor": "top", "y": -0.25},
         showlegend=True,
     )
 
