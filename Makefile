@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 	$(BIN)/oprd demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format src tests scripts benchmarks examples
