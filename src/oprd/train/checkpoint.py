@@ -34,9 +34,11 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
     keep: int,
 ) -> Path:
-    """Store the trained weights, the optimizer and `state` after `step` steps; delete all but the newest `keep`."""
+    """Store the trained weights, the optimizer, `tensors` (DTensors by shards) and `state` after `step` steps; delete all
+    but the newest `keep`."""
     aside, final = folder / f".step-{step:06d}.tmp", folder / f"step-{step:06d}"
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
@@ -45,7 +47,11 @@ def save_checkpoint(
     weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-        save({"model": weights, "optimizer": moments}, checkpoint_id=aside, no_dist=accelerator.num_processes == 1)
+        save(
+            {"model": weights, "optimizer": moments, "tensors": tensors},
+            checkpoint_id=aside,
+            no_dist=accelerator.num_processes == 1,
+        )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_atomically(aside / "state.json", json.dumps({"step": step} | state, indent=2))
@@ -61,11 +67,16 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, *, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+    path: Path,
+    *,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
-    """Put weights and optimizer back in place; the `state` that was stored with them."""
+    """Put weights and optimizer back in place, write into `tensors`; the `state` that was stored with them."""
     weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
-    stored = {"model": weights, "optimizer": moments}
+    stored = {"model": weights, "optimizer": moments, "tensors": tensors}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
         load(stored, checkpoint_id=path, no_dist=accelerator.num_processes == 1)
