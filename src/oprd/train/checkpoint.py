@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -23,6 +25,8 @@ from oprd.errors import RunFolderError
 from oprd.train.run_folder import write_atomically
 
 _COMPLETE = re.compile(r"step-(\d{6,})")
+_STUDENT = "model.student."
+"""In front of a student's weight in a checkpoint."""
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
@@ -84,6 +88,20 @@ def load_checkpoint(
         model, optimizer, model_state_dict=stored["model"], optim_state_dict=stored["optimizer"], options=_OPTIONS
     )
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The trained weights of a checkpoint by their names in the student, whole, whatever number of processes wrote it."""
+    reader = FileSystemReader(path)
+    stored: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith(_STUDENT) and isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+        load(stored, storage_reader=reader, no_dist=True)
+    return {name.removeprefix(_STUDENT): value for name, value in stored.items()}
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
