@@ -19,7 +19,7 @@ LAYERS = [
     {"algorithm"},
     {"evaluate"},
     {"train"},
-    {"demo", "report"},
+    {"demo", "diagnose", "report"},
     {"cli"},
 ]
 """A module imports from its own layer and those before."""

@@ -1,4 +1,4 @@
-"""The command line: demo | train | eval | report | show-config."""
+"""The command line: demo | train | eval | diagnose | report | show-config."""
 
 import os
 import sys
@@ -18,6 +18,8 @@ app = typer.Typer(
     add_completion=False,
     help="On-policy distillation: the student writes, the teacher answers, the student learns.",
 )
+diagnose = typer.Typer(no_args_is_help=True, help="Look closer at a finished run.")
+app.add_typer(diagnose, name="diagnose")
 RecipePath = Annotated[Path, typer.Argument(help="A recipe in YAML.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, such as objective.k=500 or learning_rate=1e-4.")
@@ -82,6 +84,14 @@ def evaluate(
     table = Console()
     table.print(evaluation_table(rows, width=table.width))
     print(f"completions and verdicts: {out}")
+
+
+@diagnose.command("updates")
+def diagnose_updates(run: Annotated[Path, typer.Argument(help="A run folder that keeps several checkpoints.")]) -> None:
+    """Where the weights went and how early: norms, dominant directions, "go far early". Writes RUN/updates.json."""
+    from oprd.diagnose.updates import diagnose_updates
+
+    print(f"{diagnose_updates(run)}; look at it: oprd report {run}")
 
 
 @app.command("show-config")

@@ -152,6 +152,8 @@ class OutputKLConfig:
     """Whose top k; `student` unless given."""
     kl_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Divides both models' logits in the loss. Not the sampling temperature; no factor is put back."""
+    importance_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    """With estimator sampled and rollout.updates_per_rollout above 1: largest importance weight; 2 unless given [ours]."""
     tokens: Tokens = "all"
     k: Positive | None = None
     reduction: Reduction = "token_mean"
@@ -163,6 +165,10 @@ class OutputKLConfig:
             raise ConfigError(f"jsd_weight has no meaning with divergence={self.divergence!r}; drop it")
         if self.estimator != "top_k" and (self.top_k is not None or self.support is not None):
             raise ConfigError(f"top_k and support have no meaning with estimator={self.estimator!r}; drop them")
+        if self.estimator != "sampled" and self.importance_clip is not None:
+            raise ConfigError(
+                f"importance_clip has no meaning with estimator={self.estimator!r}: it needs no importance weights; drop it"
+            )
         if self.estimator == "sampled" and self.kl_temperature != 1.0:
             raise ConfigError(
                 "estimator 'sampled' is unbiased only at kl_temperature 1, where the tokens were sampled; "
@@ -209,6 +215,36 @@ class DataConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LinearLengthConfig:
+    """Completions that grow from `start` tokens at step 1 to max_completion_length at step `steps`, and stay there."""
+
+    __pydantic_config__ = _PYDANTIC
+    type: Literal["linear"] = "linear"
+    start: Positive
+    steps: Annotated[int, Field(gt=1)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepwiseLengthConfig:
+    """Completions of at most lengths[i] tokens before step at[i], and of max_completion_length from the last on."""
+
+    __pydantic_config__ = _PYDANTIC
+    type: Literal["stepwise"] = "stepwise"
+    at: tuple[Positive, ...]
+    lengths: tuple[Positive, ...]
+
+    def __post_init__(self) -> None:
+        if not self.at or len(self.at) != len(self.lengths) or list(self.at) != sorted(set(self.at)):
+            raise ConfigError(
+                f"a stepwise schedule needs one length for each of its steps, the steps rising; got at {list(self.at)}, "
+                f"lengths {list(self.lengths)}"
+            )
+
+
+LengthScheduleConfig = Annotated[LinearLengthConfig | StepwiseLengthConfig, Discriminator("type")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutConfig:
     """How the student writes."""
 
@@ -219,10 +255,80 @@ class RolloutConfig:
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_completion_length: Positive = 1024
     """In tokens; 16,384 [paper]."""
+    length_schedule: LengthScheduleConfig | None = None
+    """Shorter completions in the first steps; None: max_completion_length throughout."""
     max_sequences: Positive = 64
     """Sequences generated at once; bounds the key-value cache."""
     lambda_on_policy: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of steps on the student's completions; the rest on the dataset's `completion` column (GKD)."""
+    updates_per_rollout: Positive = 1
+    """Optimizer updates on the completions of a step; all but the first are on stale ones."""
+
+    def __post_init__(self) -> None:
+        schedule = self.length_schedule
+        if schedule is None:
+            return
+        longest = schedule.start if isinstance(schedule, LinearLengthConfig) else max(schedule.lengths)
+        if longest > self.max_completion_length:
+            raise ConfigError(
+                f"length_schedule asks for {longest} tokens, max_completion_length is {self.max_completion_length}; "
+                "raise it, or shorten the schedule"
+            )
+
+    def length_at(self, step: int) -> int:
+        """Most tokens of a completion at a step, counted from 1."""
+        schedule, longest = self.length_schedule, self.max_completion_length
+        if isinstance(schedule, LinearLengthConfig):
+            share = min(1.0, (step - 1) / (schedule.steps - 1))
+            return round(schedule.start + share * (longest - schedule.start))
+        if isinstance(schedule, StepwiseLengthConfig):
+            return next((n for at, n in zip(schedule.at, schedule.lengths, strict=True) if step < at), longest)
+        return longest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EffOPDConfig:
+    """EffOPD, arXiv 2605.11739: try to go further in the direction of the last updates. Defaults are the paper's setting."""
+
+    __pydantic_config__ = _PYDANTIC
+    type: Literal["effopd"] = "effopd"
+    triggers: Literal["powers_of_two", "every_n", "settled"] = "powers_of_two"
+    """Steps followed by a search. `settled`: every n steps, if the movement of these n points where that of the n
+    before did [ours]."""
+    every: Positive | None = None
+    """n, with every_n and settled."""
+    settled_cosine: Annotated[float, Field(gt=-1, lt=1)] | None = None
+    """Least cosine of two successive movements, with settled; 0.5 unless given [ours]."""
+    factors: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = (2.0, 4.0, 6.0, 8.0, 10.0)
+    """Candidates W + factor * delta, rising."""
+    score: Literal["accuracy", "objective"] = "accuracy"
+    """`accuracy` of the validation completions by the dataset's answers, or minus the `objective` on them [ours]."""
+    validation_prompts: Positive = 50
+    """Training prompts drawn once for all searches."""
+    validation_samples: Positive = 1
+    """Completions of each."""
+    accept: Literal["mean", "paired"] = "mean"
+    """`mean`: a candidate stays if its mean score is better than the best's. `paired`: if it is better by a sign-flip test on
+    the prompts' differences at `level` [ours]."""
+    accept_ties: bool = True
+    """With accept mean: an equal score is enough. True [paper], false [code]."""
+    level: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """With accept paired: largest one-sided p; 0.05 unless given."""
+
+    def __post_init__(self) -> None:
+        if (self.every is not None) != (self.triggers != "powers_of_two"):
+            raise ConfigError(
+                f"extrapolation.every is {self.every}; it is needed with triggers every_n and settled, and has no meaning "
+                f"with {self.triggers!r}"
+            )
+        if self.settled_cosine is not None and self.triggers != "settled":
+            raise ConfigError(f"settled_cosine has no meaning with triggers={self.triggers!r}; drop it")
+        if self.level is not None and self.accept != "paired":
+            raise ConfigError(f"level has no meaning with accept={self.accept!r}; drop it")
+        if not self.accept_ties and self.accept != "mean":
+            raise ConfigError("accept_ties has no meaning with accept='paired', which wants more than a tie; drop it")
+        if not self.factors or list(self.factors) != sorted(set(self.factors)):
+            raise ConfigError(f"extrapolation.factors must rise and be at least one, got {list(self.factors)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,6 +367,8 @@ class Recipe:
     objective: ObjectiveConfig = field(default_factory=HiddenMSEConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    extrapolation: EffOPDConfig | None = None
+    """Searches further along the direction of the updates; None: none."""
 
     max_steps: Positive = 500
     prompts_per_step: Positive = 8
@@ -296,6 +404,10 @@ class Recipe:
         for term in objective_terms(self.objective):
             if isinstance(term, OutputKLConfig) and term.estimator == "sampled":
                 _check_sampled(self.rollout)
+                if term.importance_clip is not None and self.rollout.updates_per_rollout == 1:
+                    raise ConfigError(
+                        "importance_clip has no meaning with rollout.updates_per_rollout=1: no rollout is stale; drop it"
+                    )
 
 
 def objective_terms(objective: ObjectiveConfig) -> tuple[HiddenMSEConfig | OutputKLConfig, ...]:

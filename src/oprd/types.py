@@ -79,11 +79,14 @@ class Rollouts:
     """False: cut at the length limit; no end-of-text is invented."""
     answers: tuple[Answer, ...] | None = None
     """What the teacher attached to each completion in `prepare`; None when it needs nothing there."""
+    logprobs: tuple[tuple[float, ...], ...] | None = None
+    """Of each sampled token under the student that wrote it, in nats; given when several updates use these rollouts."""
 
     def __post_init__(self) -> None:
         sizes = (len(self.prompts), len(self.completion_ids), len(self.finished))
         assert len(set(sizes)) == 1, sizes
         assert self.answers is None or len(self.answers) == len(self.prompts), len(self.answers)
+        assert self.logprobs is None or tuple(map(len, self.logprobs)) == self.lengths, "one log-probability a token"
 
     def __len__(self) -> int:
         return len(self.completion_ids)
@@ -100,6 +103,7 @@ class Rollouts:
             completion_ids=tuple(self.completion_ids[i] for i in rows),
             finished=tuple(self.finished[i] for i in rows),
             answers=None if self.answers is None else tuple(self.answers[i] for i in rows),
+            logprobs=None if self.logprobs is None else tuple(self.logprobs[i] for i in rows),
         )
 
     def supervised(self, tokens: "TokenSelection") -> tuple[int, ...]:
@@ -117,11 +121,13 @@ def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
     """The rollouts of all parts behind each other. Parts with and without answers do not mix."""
     answered = [part.answers is not None for part in parts if len(part)]
     assert len(set(answered)) <= 1, answered
+    with_logprobs = bool(parts) and all(part.logprobs is not None for part in parts)
     return Rollouts(
         prompts=tuple(prompt for part in parts for prompt in part.prompts),
         completion_ids=tuple(ids for part in parts for ids in part.completion_ids),
         finished=tuple(done for part in parts for done in part.finished),
         answers=tuple(answer for part in parts for answer in part.answers or ()) if any(answered) else None,
+        logprobs=tuple(row for part in parts for row in part.logprobs or ()) if with_logprobs else None,
     )
 
 
@@ -175,6 +181,8 @@ class MicroBatch:
     attention_mask: Int[Tensor, "B T"]
     prompt_lengths: tuple[int, ...]
     completion_lengths: tuple[int, ...]
+    logprobs: tuple[tuple[float, ...], ...] | None = None
+    """`Rollouts.logprobs` of these completions."""
 
     def __post_init__(self) -> None:
         assert self.input_ids.shape == self.attention_mask.shape, (self.input_ids.shape, self.attention_mask.shape)
@@ -201,6 +209,13 @@ class MicroBatch:
     def sampled_ids(self, tokens: TokenSelection) -> Int[Tensor, " N"]:
         """The selected sampled tokens' ids."""
         return pack(self.input_ids, self.completion_mask(tokens))
+
+    def rollout_logprobs(self, tokens: TokenSelection) -> Float[Tensor, " N"] | None:
+        """The selected sampled tokens' log-probabilities when they were written, in nats; None where none were kept."""
+        if self.logprobs is None:
+            return None
+        selected = [x for row in self.logprobs for x in row[slice(*tokens.span(len(row)))]]
+        return torch.tensor(selected, dtype=torch.float32, device=self.input_ids.device)
 
     def _mask(self, at: str, tokens: TokenSelection, shift: int) -> Bool[Tensor, "B T"]:
         if (at, tokens) not in self._masks:

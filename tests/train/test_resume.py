@@ -59,8 +59,8 @@ def test_a_run_interrupted_after_a_step_and_resumed_equals_the_uninterrupted_run
     recipe = tree | {"output_dir": str(tmp_path / "run")}
     real_step = loop._step
 
-    def step_and_interrupt(run, progress, bar):
-        real_step(run, progress, bar)
+    def step_and_interrupt(run, progress, *rest):
+        real_step(run, progress, *rest)
         if progress.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -8,7 +8,12 @@ from oprd.types import MicroBatch, Rollouts
 
 
 def collate(
-    prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], *, pad_id: int, device: torch.device
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    device: torch.device,
+    logprobs: tuple[tuple[float, ...], ...] | None = None,
 ) -> MicroBatch:
     """Prompt and completion of each row behind each other, padded on the right to the longest."""
     rows = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
@@ -23,6 +28,7 @@ def collate(
         attention_mask=attention_mask.to(device),
         prompt_lengths=tuple(map(len, prompt_ids)),
         completion_lengths=tuple(map(len, completion_ids)),
+        logprobs=logprobs,
     )
 
 

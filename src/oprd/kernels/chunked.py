@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from oprd.kernels.reference import token_logprobs
 from oprd.types import LMHead
 
 Divergence = Callable[[Float[Tensor, "C V"], Float[Tensor, "C V"], Int[Tensor, " C"]], Float[Tensor, " C"]]
@@ -51,6 +52,17 @@ def head_divergence(
         student_hidden, student_head.weight, student_head.bias,
         student_head, teacher_hidden.detach(), teacher_head, sampled_ids, divergence,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def sampled_logprobs(hidden: Float[Tensor, "N D"], head: LMHead, sampled_ids: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Log-probability of each sampled token, in nats. No gradient."""
+    step = chunk_rows(len(head.weight))
+    parts = [
+        token_logprobs(logits(hidden[at : at + step], head), sampled_ids[at : at + step])
+        for at in range(0, len(hidden), step)
+    ]
+    return torch.cat(parts) if parts else hidden.new_empty(0)
 
 
 class _HeadDivergence(torch.autograd.Function):

@@ -68,6 +68,15 @@ def sampled_jsd(log_p: Float[Tensor, " N"], log_q: Float[Tensor, " N"], weight: 
     return _with_score(value=weight * (q - p).exp() * (q - m) + slope, slope=slope, log_p=log_p)
 
 
+def importance_weights(log_p: Float[Tensor, " N"], log_p_then: Float[Tensor, " N"], clip: float) -> Float[Tensor, " N"]:
+    """min(p / p_then, clip) of tokens sampled from p_then; no gradient.
+
+    Unclipped, they make a mean over tokens of p_then an unbiased mean over tokens of p at the same prefix. The clip takes
+    away the weights that a few tokens would dominate the step with, at the price of a bias towards p_then [ours].
+    """
+    return (log_p.detach() - log_p_then).exp().clamp(max=clip)
+
+
 def token_logprobs(logits: Float[Tensor, "N V"], ids: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
     """Log-probability of the given token in each row, in nats."""
     return _log_softmax(logits).gather(-1, ids[:, None]).squeeze(-1)

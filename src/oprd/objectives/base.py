@@ -28,6 +28,8 @@ class Objective(ABC):
     """Supervised tokens of each completion."""
     reduction: Literal["token_mean", "sequence_mean"]
     coefficient: float
+    importance_weighted: bool = False
+    """Whether it needs to know with what probability the sampled tokens were written, once they are stale."""
 
     @abstractmethod
     def per_token(self, student: States, teacher: TeacherTargets) -> Float[Tensor, " N"]:

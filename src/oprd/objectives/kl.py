@@ -13,10 +13,11 @@ from torch import Tensor
 from oprd.config import OutputKLConfig
 from oprd.errors import ConfigError
 from oprd.kernels import reference
-from oprd.kernels.chunked import Divergence, head_divergence
+from oprd.kernels.chunked import Divergence, head_divergence, sampled_logprobs
 from oprd.objectives.base import Objective, token_selection
 from oprd.types import HiddenTargets, Reading, States
 
+IMPORTANCE_CLIP = 2.0
 EXACT = {"reverse_kl": reference.reverse_kl, "forward_kl": reference.forward_kl, "jsd": reference.jsd}
 FROM_SAMPLE = {
     "reverse_kl": reference.sampled_reverse_kl,
@@ -40,18 +41,23 @@ class OutputKL(Objective):
         self._reading = Reading(block=blocks, at="prediction", tokens=self.tokens)
         self.readings = (self._reading,)
         self._divergence = divergence(config, vocabulary)
+        # full and top_k sum over tokens with the student's own probabilities; only the sampled estimators need correction
+        self.importance_weighted = config.estimator == "sampled"
+        self._importance_clip = config.importance_clip or IMPORTANCE_CLIP
 
     def per_token(self, student: States, teacher: HiddenTargets) -> Float[Tensor, " N"]:
         assert student.head is not None
         assert teacher.head is not None
-        return head_divergence(
-            student.hidden[self._reading],
-            student.head,
-            teacher.hidden[self._reading],
-            teacher.head,
-            student.batch.sampled_ids(self.tokens),
-            self._divergence,
+        ids = student.batch.sampled_ids(self.tokens)
+        hidden = student.hidden[self._reading]
+        values = head_divergence(
+            hidden, student.head, teacher.hidden[self._reading], teacher.head, ids, self._divergence
         )
+        then = student.batch.rollout_logprobs(self.tokens) if self.importance_weighted else None
+        if then is None:
+            return values
+        now = sampled_logprobs(hidden, student.head, ids)
+        return reference.importance_weights(now, then, self._importance_clip) * values
 
 
 def divergence(config: OutputKLConfig, vocabulary: int) -> Divergence:

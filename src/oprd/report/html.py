@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,10 @@ class RunFiles:
     metrics: tuple[Row, ...]
     evaluations: tuple[Row, ...]
     samples: tuple[Row, ...]
+    searches: tuple[Row, ...]
+    """Of the extrapolation."""
+    updates: Row
+    """What `oprd diagnose updates` wrote; empty if it was not run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +58,7 @@ PLOTS = (
     Plot(title="Top-16 overlap of student and teacher", y="share", keys=("health/top_16_overlap/mean",)),
     Plot(title="Entropy", y="nats", keys=("health/student_entropy/mean", "health/teacher_entropy/mean")),
     Plot(title="Sampled reverse KL", y="nats per token", keys=("health/sampled_reverse_kl/mean",)),
-    Plot(title="Seconds a step", y="seconds", keys=("time/rollout_s", "time/teacher_s", "time/update_s", "time/other_s")),
+    Plot(title="Seconds a step", y="seconds", keys=("time/rollout_s", "time/teacher_s", "time/update_s", "time/extrapolation_s", "time/other_s")),
 )  # fmt: skip
 
 
@@ -64,7 +68,8 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     A run that is still going is shown as far as it has come.
     """
     read = _distinct([_read(Path(run)) for run in runs])
-    figures = [_accuracy(read), *(_curves(plot, read) for plot in PLOTS), _cosines(read)]
+    figures = [_accuracy(read), *(_curves(plot, read) for plot in PLOTS), _cosines(read), _searches(read)]
+    figures += [figure for run in read for figure in (*_updates(run), _far_early(run))]
     page = Environment(loader=PackageLoader("oprd.report", "."), autoescape=True).get_template("report.html.j2")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(
@@ -85,7 +90,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
 def _read(folder: Path) -> RunFiles:
     if not (folder / "recipe.yaml").is_file():
         raise RunFolderError(f"{folder} is not a run folder: it has no recipe.yaml. Give the output_dir of a run")
-    machine = folder / "run.json"
+    machine, updates = folder / "run.json", folder / "updates.json"
     return RunFiles(
         name=folder.resolve().name,
         recipe=yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")),
@@ -93,6 +98,8 @@ def _read(folder: Path) -> RunFiles:
         metrics=_lines(folder / "metrics.jsonl"),
         evaluations=_lines(folder / "evaluations.jsonl"),
         samples=_lines(folder / "samples.jsonl"),
+        searches=_lines(folder / "searches.jsonl"),
+        updates=json.loads(updates.read_text(encoding="utf-8")) if updates.is_file() else {},
     )
 
 
@@ -113,14 +120,7 @@ def _distinct(runs: Sequence[RunFiles]) -> list[RunFiles]:
     """Runs of the same name get a number."""
     names = [run.name for run in runs]
     return [
-        RunFiles(
-            name=run.name if names.count(run.name) == 1 else f"{run.name} ({names[: i + 1].count(run.name)})",
-            recipe=run.recipe,
-            machine=run.machine,
-            metrics=run.metrics,
-            evaluations=run.evaluations,
-            samples=run.samples,
-        )
+        replace(run, name=run.name if names.count(run.name) == 1 else f"{run.name} ({names[: i + 1].count(run.name)})")
         for i, run in enumerate(runs)
     ]
 
@@ -214,10 +214,75 @@ def _cosines(runs: Sequence[RunFiles]) -> go.Figure | None:
     return _titled(figure, "Cosine of student and teacher states", "block", "cosine")
 
 
+def _searches(runs: Sequence[RunFiles]) -> go.Figure | None:
+    """How far each search of the extrapolation went."""
+    figure = go.Figure()
+    for i, run in enumerate(run for run in runs if run.searches):
+        figure.add_scatter(
+            x=[row["step"] for row in run.searches],
+            y=[row["accepted"] for row in run.searches],
+            name=run.name,
+            mode="markers",
+            marker={"color": COLOURS[i % len(COLOURS)]},
+        )
+    return _titled(figure, "Extrapolation: factor accepted (0: plain update)", "step", "times delta")
+
+
+UPDATE_PLOTS = (
+    ("relative_norm", "Update by matrix kind", "norm of W_t - W_0 over that of W_0"),
+    ("top_energy", "Energy of the update in its top {rank} directions", "share"),
+    ("subspace_cosine", "Top {rank} directions against the last checkpoint's", "cosine"),
+)
+
+
+def _updates(run: RunFiles) -> list[go.Figure | None]:
+    """By kind of matrix, mean over blocks, against the step; and the last step's norm against the block."""
+    rows: list[Row] = run.updates.get("matrices", [])
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    steps = sorted({row["step"] for row in rows})
+    figures = []
+    for key, title, unit in UPDATE_PLOTS:
+        figure = go.Figure()
+        for i, kind in enumerate(kinds):
+            means = [_mean([row[key] for row in rows if row["kind"] == kind and row["step"] == step]) for step in steps]
+            figure.add_scatter(x=steps, y=means, name=kind, mode="lines+markers", line=_line(i))
+        figures.append(_titled(figure, f"{run.name}: {title.format(rank=run.updates.get('rank'))}", "step", unit))
+    figure = go.Figure()
+    for i, kind in enumerate(kinds):
+        last = [row for row in rows if row["kind"] == kind and row["step"] == steps[-1]]
+        figure.add_scatter(
+            x=[row["block"] for row in last],
+            y=[row["norm"] for row in last],
+            name=kind,
+            mode="lines+markers",
+            line=_line(i),
+        )
+    return [*figures, _titled(figure, f"{run.name}: norm of the final update by depth", "block", "norm")]
+
+
+def _far_early(run: RunFiles) -> go.Figure | None:
+    """Accuracy before, at the early checkpoint, of that one rescaled to the final norm, and at the end."""
+    figure = go.Figure()
+    for i, row in enumerate(run.updates.get("far_early", [])):
+        names = ("before", "early", "rescaled", "final")
+        figure.add_bar(x=names, y=[row[n] for n in names], name=row["benchmark"], marker={"color": COLOURS[i]})
+    rows = run.updates.get("far_early", [])
+    step = rows[0]["early_step"] if rows else 0
+    return _titled(figure, f"{run.name}: go far early, from step {step}", "weights", "share correct")
+
+
+def _line(i: int) -> dict[str, str]:
+    return {"color": COLOURS[i % len(COLOURS)], "dash": ("solid", "dash", "dot")[i // len(COLOURS) % 3]}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
 def _titled(figure: go.Figure, title: str, x: str, y: str, *, log: bool = False) -> go.Figure | None:
     if not figure.data:
         return None
-    legend_rows = -(-len(figure.data) // 2)
+    legend_rows = -(-sum(1 for _ in figure.select_traces()) // 2)
     return figure.update_layout(
         template="none",
         title={"text": title, "x": 0.02, "font": {"size": 15}},

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -18,7 +18,14 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from oprd.algorithm import DistillModel
-from oprd.config import LocalTeacherConfig, Recipe, SelfTeacherConfig, SeveralTeachersConfig, TeacherConfig
+from oprd.config import (
+    EffOPDConfig,
+    LocalTeacherConfig,
+    Recipe,
+    SelfTeacherConfig,
+    SeveralTeachersConfig,
+    TeacherConfig,
+)
 from oprd.data.chat import stop_ids
 from oprd.data.prompts import PromptSampler, load_prompts
 from oprd.errors import ConfigError, DataError
@@ -43,6 +50,7 @@ from oprd.teacher.base import Teacher
 from oprd.teacher.local import LocalTeacher
 from oprd.teacher.several import SeveralTeachers
 from oprd.train.checkpoint import find_checkpoint
+from oprd.train.extrapolation import Extrapolation, validation_prompts
 from oprd.train.run_folder import RunFolder
 from oprd.types import Prompt, Reading, States
 
@@ -82,6 +90,7 @@ class Run:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     read: Callable[..., Any]
     """DistillModel.read, through the wrapper where weights are sharded."""
+    extrapolation: Extrapolation | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +132,7 @@ def check(recipe: Recipe, given: Given, *, world_size: int = 1) -> Checked:
                 f"rollout.lambda_on_policy is {recipe.rollout.lambda_on_policy}, but row {bare.row} of "
                 f"{recipe.data.prompts} has no column 'completion'"
             )
+    _check_validation(recipe, prompts)
     benchmarks = load_benchmarks(recipe.evaluation, tokenizer, context=shape.context)
     return Checked(
         tokenizer=tokenizer,
@@ -174,6 +184,7 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
     teacher = _build_teacher(recipe.teacher, given, checked, lm, frozen, accelerator, read, reads_head)
     teacher.check_prompts(checked.prompts)
     stops = stop_ids(checked.tokenizer, lm.core.generation_config)
+    updates = recipe.max_steps * recipe.rollout.updates_per_rollout
     engine = HFEngine(
         lm,
         stops,
@@ -207,11 +218,45 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
         scheduler=get_scheduler(
             recipe.lr_scheduler_type,
             prepared.optimizer,
-            num_warmup_steps=math.ceil(recipe.warmup_ratio * recipe.max_steps),
-            num_training_steps=recipe.max_steps,
+            num_warmup_steps=math.ceil(recipe.warmup_ratio * updates),
+            num_training_steps=updates,
         ),
         read=read,
+        extrapolation=None if recipe.extrapolation is None else _extrapolation(recipe.extrapolation, lm, accelerator),
     )
+
+
+def _extrapolation(config: EffOPDConfig, lm: LanguageModel, accelerator: Accelerator) -> Extrapolation:
+    def of_all(values: Sequence[float]) -> torch.Tensor:
+        mine = torch.tensor([values], dtype=torch.float64, device=accelerator.device)
+        return cast(torch.Tensor, accelerator.gather(mine)).cpu()
+
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    return Extrapolation(
+        config,
+        lm,
+        add_shards=(lambda values: of_all(values).sum(0).tolist()) if sharded else list,
+        everywhere=lambda value: of_all([value])[:, 0].tolist(),
+    )
+
+
+def _check_validation(recipe: Recipe, prompts: tuple[Prompt, ...]) -> None:
+    """The prompts on which extrapolation compares weights must be there, with answers if these are needed."""
+    config = recipe.extrapolation
+    if config is None:
+        return
+    if config.validation_prompts > len(prompts):
+        raise ConfigError(
+            f"extrapolation.validation_prompts is {config.validation_prompts}, the dataset has {len(prompts)} prompts; "
+            "lower it"
+        )
+    chosen = validation_prompts(config, prompts, recipe.seed)
+    bare = next((prompt for prompt in chosen if prompt.answer is None), None)
+    if config.score == "accuracy" and bare is not None:
+        raise DataError(
+            f"extrapolation.score is 'accuracy', but row {bare.row} of {recipe.data.prompts} has no column 'answer'; "
+            "set extrapolation.score=objective, or add the answers"
+        )
 
 
 def _refuse_separate_processes(accelerator: Accelerator) -> None:
@@ -307,8 +352,11 @@ def _build_teacher(
 
 
 def _disk_gib(recipe: Recipe, student: str | PreTrainedModel) -> float:
-    """Checkpoints hold weights and two moments of what is trained, in float32; the student is written once more."""
+    """Checkpoints hold weights, two moments and the snapshots of extrapolation of what is trained, in float32; the student
+    is written once more."""
     parameters = count_parameters(student, recipe.student.gguf_file)
+    config = recipe.extrapolation
+    copies = 3 + (0 if config is None else 2 if config.triggers == "settled" else 1)
     if recipe.student.lora is not None:
-        return 0.02 + parameters * 0.05 * 4 * 3 * (recipe.save_total_limit + 1) / 2**30
-    return (parameters * 4 * 3 * (recipe.save_total_limit + 1) + parameters * 4) / 2**30
+        return 0.02 + parameters * 0.05 * 4 * copies * (recipe.save_total_limit + 1) / 2**30
+    return (parameters * 4 * copies * (recipe.save_total_limit + 1) + parameters * 4) / 2**30

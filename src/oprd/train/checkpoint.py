@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -23,6 +25,8 @@ from oprd.errors import RunFolderError
 from oprd.train.run_folder import write_atomically
 
 _COMPLETE = re.compile(r"step-(\d{6,})")
+_STUDENT = "model.student."
+"""In front of a student's weight in a checkpoint."""
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
@@ -34,9 +38,11 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
     keep: int,
 ) -> Path:
-    """Store the trained weights, the optimizer and `state` after `step` steps; delete all but the newest `keep`."""
+    """Store the trained weights, the optimizer, `tensors` (DTensors by shards) and `state` after `step` steps; delete all
+    but the newest `keep`."""
     aside, final = folder / f".step-{step:06d}.tmp", folder / f"step-{step:06d}"
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
@@ -45,7 +51,11 @@ def save_checkpoint(
     weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-        save({"model": weights, "optimizer": moments}, checkpoint_id=aside, no_dist=accelerator.num_processes == 1)
+        save(
+            {"model": weights, "optimizer": moments, "tensors": tensors},
+            checkpoint_id=aside,
+            no_dist=accelerator.num_processes == 1,
+        )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_atomically(aside / "state.json", json.dumps({"step": step} | state, indent=2))
@@ -61,11 +71,16 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, *, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+    path: Path,
+    *,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
-    """Put weights and optimizer back in place; the `state` that was stored with them."""
+    """Put weights and optimizer back in place, write into `tensors`; the `state` that was stored with them."""
     weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
-    stored = {"model": weights, "optimizer": moments}
+    stored = {"model": weights, "optimizer": moments, "tensors": tensors}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
         load(stored, checkpoint_id=path, no_dist=accelerator.num_processes == 1)
@@ -73,6 +88,20 @@ def load_checkpoint(
         model, optimizer, model_state_dict=stored["model"], optim_state_dict=stored["optimizer"], options=_OPTIONS
     )
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The trained weights of a checkpoint by their names in the student, whole, whatever number of processes wrote it."""
+    reader = FileSystemReader(path)
+    stored: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith(_STUDENT) and isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+        load(stored, storage_reader=reader, no_dist=True)
+    return {name.removeprefix(_STUDENT): value for name, value in stored.items()}
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

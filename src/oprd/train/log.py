@@ -35,7 +35,7 @@ class Clock:
         start = time.perf_counter()
         yield
         self._wait_for_device()
-        self._seconds[name] += time.perf_counter() - start
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:
         total = time.perf_counter() - self._start

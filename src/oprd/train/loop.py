@@ -22,6 +22,7 @@ from oprd.data.collate import collate, split_by_tokens
 from oprd.errors import Interrupted, TrainingStopped
 from oprd.evaluate.run import Evaluation, evaluate, evaluation_from
 from oprd.evaluate.verify import Verifier
+from oprd.kernels.chunked import sampled_logprobs
 from oprd.objectives.base import Objective
 from oprd.progress import Bar, console, progress_bar
 from oprd.rollout.base import Sampling
@@ -31,7 +32,8 @@ from oprd.train.health import Health, health_from_sums, health_readings, health_
 from oprd.train.log import Clock, Interrupt, derive_seed, peak_memory_gib
 from oprd.train.run_folder import read_jsonl, write_atomically
 from oprd.train.save import save_student
-from oprd.types import MicroBatch, Prompt, Rollouts
+from oprd.train.validation import validate
+from oprd.types import MicroBatch, Prompt, Reading, Rollouts, States, TokenSelection, concatenate
 
 TRUNCATED_ALARM = 0.1
 """Above this share of truncated completions in a step the user is warned, once."""
@@ -88,16 +90,15 @@ def train(run: Run) -> Result:
     shown = accelerator.is_main_process
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
-        verifier = (
-            stack.enter_context(Verifier(timeout_s=recipe.evaluation.verify_timeout_s)) if run.benchmarks else None
-        )
+        judged = run.benchmarks or (recipe.extrapolation is not None and recipe.extrapolation.score == "accuracy")
+        verifier = stack.enter_context(Verifier(timeout_s=recipe.evaluation.verify_timeout_s)) if judged else None
         if recipe.eval_steps is not None and progress.step == 0:
             _evaluate(run, progress, verifier)
         label = run.folder.path.name
         bar = stack.enter_context(progress_bar(label, recipe.max_steps, done=progress.step, shown=shown))
         while progress.step < recipe.max_steps:
             start = time.perf_counter()
-            _step(run, progress, bar)
+            _step(run, progress, bar, verifier)
             progress.seconds += time.perf_counter() - start
             last = progress.step == recipe.max_steps
             if recipe.eval_steps is not None and progress.step % recipe.eval_steps == 0 and not last:
@@ -123,23 +124,30 @@ def train(run: Run) -> Result:
     return result
 
 
-def _step(run: Run, progress: Progress, bar: Bar) -> None:
-    """One step of the method, and its line in metrics.jsonl."""
+def _step(run: Run, progress: Progress, bar: Bar, verifier: Verifier | None) -> None:
+    """One step of the method, and its line in metrics.jsonl: one rollout, and the updates made with it."""
     recipe, rank = run.recipe, run.accelerator.process_index
     step = progress.step + 1
     clock = Clock(run.accelerator.device)
     with clock.section("rollout"):
         written, learned = _rollouts(run, step)
-    torch.manual_seed(derive_seed(recipe.seed, "update", step, rank))  # dropout
-    update = update_step(run, learned, clock)
+    if recipe.rollout.updates_per_rollout > 1 and any(o.importance_weighted for o in run.objectives):
+        with clock.section("update"):
+            learned = _with_logprobs(run, learned)
     learning_rate = run.scheduler.get_last_lr()[0]
-    if update.finite:
-        run.scheduler.step()
+    updates = []
+    for number in range(recipe.rollout.updates_per_rollout):
+        torch.manual_seed(derive_seed(recipe.seed, "update", step, number, rank))  # dropout
+        updates.append(update_step(run, learned, clock))
+        if updates[-1].finite:
+            run.scheduler.step()
+        progress.skipped_in_a_row = 0 if updates[-1].finite else progress.skipped_in_a_row + 1
+        progress.skipped_steps += not updates[-1].finite
+    update = _mean_of(updates)
     progress.step = step
-    progress.skipped_in_a_row = 0 if update.finite else progress.skipped_in_a_row + 1
-    progress.skipped_steps += not update.finite
     health = _health(run, written) if recipe.health_tokens and step % recipe.logging_steps == 0 else None
     metrics = _metrics(run, update, health, written) | {"train/learning_rate": learning_rate}
+    metrics |= _extrapolate(run, step, clock, verifier)
     bar.advance(1, _note(run.objectives, update, health))
     if run.accelerator.is_main_process and step % recipe.logging_steps == 0:
         skipped = {"train/skipped_steps/total": progress.skipped_steps}
@@ -211,8 +219,72 @@ def update_step(run: Run, rollouts: Rollouts, clock: Clock) -> Update:
 
 def _student_batch(run: Run, rollouts: Rollouts) -> MicroBatch:
     """The rollouts behind the prompts as the student reads them."""
-    prompts = [prompt.token_ids for prompt in rollouts.prompts]
-    return collate(prompts, rollouts.completion_ids, pad_id=run.lm.pad_id, device=run.accelerator.device)
+    return collate(
+        [prompt.token_ids for prompt in rollouts.prompts],
+        rollouts.completion_ids,
+        pad_id=run.lm.pad_id,
+        device=run.accelerator.device,
+        logprobs=rollouts.logprobs,
+    )
+
+
+def _mean_of(updates: Sequence[Update]) -> Update:
+    """The updates made with one rollout as one line: means of losses and norms."""
+    n = len(updates)
+    return Update(
+        losses=tuple(sum(losses) / n for losses in zip(*(update.losses for update in updates), strict=True)),
+        supervised=updates[0].supervised,
+        grad_norm=sum(update.grad_norm for update in updates) / n,
+        finite=all(update.finite for update in updates),
+    )
+
+
+def _with_logprobs(run: Run, rollouts: Rollouts) -> Rollouts:
+    """The rollouts, in another order, with the log-probabilities of their tokens under the weights that wrote them.
+
+    By the trainer's own forward pass, because an engine's may differ by its precision.
+    """
+    reading = Reading(block=run.lm.num_blocks, at="prediction", tokens=TokenSelection(keep="all"))
+
+    def sampled(states: States) -> torch.Tensor:
+        assert states.head is not None
+        ids = states.batch.sampled_ids(reading.tokens)
+        return sampled_logprobs(states.hidden[reading], states.head, ids).cpu()
+
+    micros = split_by_tokens(rollouts, run.recipe.micro_batch_tokens)
+    run.model.eval()
+    done = []
+    for number in range(int(_gather(run, [float(len(micros))]).max())):
+        micro = micros[number] if number < len(micros) else micros[0]  # sharded: equal passes everywhere
+        logprobs = run.read(_student_batch(run, micro), (reading,), True, sampled).split(micro.lengths)
+        done.append(dataclasses.replace(micro, logprobs=tuple(tuple(row.tolist()) for row in logprobs)))
+    return concatenate(done[: len(micros)])
+
+
+def _sampling(run: Run, step: int) -> Sampling:
+    rollout = run.recipe.rollout
+    return Sampling(
+        temperature=rollout.sampling_temperature,
+        top_p=rollout.top_p,
+        max_tokens=rollout.length_at(step),
+        samples=rollout.group_size,
+    )
+
+
+def _extrapolate(run: Run, step: int, clock: Clock, verifier: Verifier | None) -> dict[str, float]:
+    """Go further along the last updates, if that helps; what the step's line says about it."""
+    extrapolation = run.extrapolation
+    if extrapolation is None:
+        return {}
+    config = extrapolation.config
+    sampling = dataclasses.replace(_sampling(run, step), samples=config.validation_samples)
+    with clock.section("extrapolation"):
+        found = extrapolation.after_update(step, lambda: validate(run, config, verifier, sampling, step))
+    if found is None:
+        return {}
+    if run.accelerator.is_main_process:
+        run.folder.append(run.folder.searches, found)
+    return {"extrapolation/factor": found["accepted"], "tokens/extrapolation/sum": found["tokens"]}
 
 
 def _token_weights(objective: Objective, micro: Rollouts, like: torch.Tensor) -> torch.Tensor:
@@ -226,21 +298,15 @@ def _rollouts(run: Run, step: int) -> tuple[Rollouts, Rollouts]:
     prompts = run.sampler.batch(step - 1)
     draw = torch.Generator().manual_seed(derive_seed(recipe.seed, "lambda", step))
     if float(torch.rand((), generator=draw)) >= recipe.rollout.lambda_on_policy:
-        given = _given_rollouts(run, prompts.prompts)
+        given = _given_rollouts(run, prompts.prompts, recipe.rollout.length_at(step))
         return given, run.teacher.prepare(given)
-    sampling = Sampling(
-        temperature=recipe.rollout.sampling_temperature,
-        top_p=recipe.rollout.top_p,
-        max_tokens=recipe.rollout.max_completion_length,
-        samples=recipe.rollout.group_size,
-    )
     seed = derive_seed(recipe.seed, "rollout", step, run.accelerator.process_index)
-    return collect(run.engine, run.teacher, prompts, sampling, seed=seed)
+    return collect(run.engine, run.teacher, prompts, _sampling(run, step), seed=seed)
 
 
-def _given_rollouts(run: Run, prompts: Sequence[Prompt]) -> Rollouts:
+def _given_rollouts(run: Run, prompts: Sequence[Prompt], longest: int) -> Rollouts:
     """The dataset's own completions, ended by the stop token unless they are too long."""
-    tokenizer, longest = run.lm.tokenizer, run.recipe.rollout.max_completion_length
+    tokenizer = run.lm.tokenizer
     stop = end_of_turn(tokenizer, run.stop_ids)
     ids = [(*encode(tokenizer, prompt.completion or ""), stop) for prompt in prompts]
     return Rollouts(
@@ -308,13 +374,15 @@ def _samples(run: Run, rollouts: Rollouts) -> list[dict[str, Any]]:
 
 
 def _warn_of_truncation(run: Run, progress: Progress, share: float) -> None:
-    if share <= TRUNCATED_ALARM or progress.warned_of_truncation:
+    rollout = run.recipe.rollout
+    meant = rollout.length_at(progress.step) < rollout.max_completion_length
+    if share <= TRUNCATED_ALARM or progress.warned_of_truncation or meant:
         return
     progress.warned_of_truncation = True
     if run.accelerator.is_main_process:
         console.print(
             f"[yellow]{share:.0%} of the completions of step {progress.step} were cut at max_completion_length="
-            f"{run.recipe.rollout.max_completion_length}; raise it, or the student never sees its own endings.[/]"
+            f"{rollout.max_completion_length}; raise it, or the student never sees its own endings.[/]"
         )
 
 
@@ -364,7 +432,9 @@ def _start(run: Run) -> Progress:
     asked = recipe.resume_from_checkpoint
     found = find_checkpoint(folder.checkpoints, asked) if asked is not None else None
     if found is not None:
-        stored = load_checkpoint(found, accelerator=accelerator, model=run.model, optimizer=run.optimizer)
+        stored = load_checkpoint(
+            found, accelerator=accelerator, model=run.model, optimizer=run.optimizer, tensors=_tensors(run)
+        )
         progress = Progress(**stored["progress"])
         run.scheduler.load_state_dict(stored["scheduler"])
     accelerator.wait_for_everyone()
@@ -386,8 +456,14 @@ def _save(run: Run, progress: Progress) -> None:
         model=run.model,
         optimizer=run.optimizer,
         state={"progress": dataclasses.asdict(progress), "scheduler": run.scheduler.state_dict()},
+        tensors=_tensors(run),
         keep=run.recipe.save_total_limit,
     )
+
+
+def _tensors(run: Run) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds beside weights and optimizer."""
+    return run.extrapolation.state() if run.extrapolation is not None else {}
 
 
 def _note(objectives: Sequence[Objective], update: Update, health: Health | None) -> str:

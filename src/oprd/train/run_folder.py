@@ -4,6 +4,7 @@ recipe.yaml     the resolved recipe              metrics.jsonl     one line a st
 run.json        versions, commit, machine        samples.jsonl     some completions
 checkpoints/    to resume from                   evaluations.jsonl one line per evaluation and benchmark
 student/        the trained student              evaluations/      every completion with its verdict
+                                                 searches.jsonl    one line per search of the extrapolation
 """
 
 import json
@@ -49,6 +50,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"
+        self.searches = self.path / "searches.jsonl"
 
     def check(self, recipe: Recipe, *, needed_gib: float) -> None:
         """Raise RunFolderError unless this run may be written here, before anything is loaded.
@@ -82,7 +84,7 @@ class RunFolder:
 
     def cut_after(self, step: int) -> None:
         """Forget the lines of steps after `step`: a resumed run writes them again. A torn last line goes as well."""
-        for file in (self.metrics, self.samples, self.evaluations):
+        for file in (self.metrics, self.samples, self.evaluations, self.searches):
             if file.exists():
                 kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
                 write_atomically(file, "".join(line + "\n" for line in kept))

@@ -1,0 +1,76 @@
+"""How good the weights in place are on a few training prompts: what a search compares."""
+
+from functools import partial
+
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from oprd.config import EffOPDConfig
+from oprd.data.chat import decode
+from oprd.data.collate import collate, split_by_tokens
+from oprd.evaluate.verify import Verifier
+from oprd.rollout.base import Sampling
+from oprd.train.build import Run
+from oprd.train.extrapolation import Scores, validation_prompts
+from oprd.train.log import derive_seed
+from oprd.types import PromptBatch, Rollouts, States, TeacherTargets
+
+
+def validate(run: Run, config: EffOPDConfig, verifier: Verifier | None, sampling: Sampling, step: int) -> Scores:
+    """Score the weights in place: one value per validation prompt, the same on every process.
+
+    Seeds depend on the step alone, so the candidates of one search write with the same random numbers. Processes share
+    the prompts, except under sharding, where each runs every forward pass and does all.
+    """
+    rank, processes = run.accelerator.process_index, run.accelerator.num_processes
+    if run.engine.same_steps:
+        rank, processes = 0, 1
+    prompts = validation_prompts(config, run.prompts, run.recipe.seed)
+    mine = prompts[rank::processes]
+    rows: list[tuple[int, float, int]] = []
+    if mine:
+        seed = derive_seed(run.recipe.seed, "extrapolation", step, rank)
+        written = run.engine.generate(PromptBatch(prompts=mine), sampling, seed=seed)
+        values = _accuracies(run, written, verifier) if config.score == "accuracy" else _minus_objective(run, written)
+        # a teacher that rewrites may learn on other completions, never on other prompts
+        rows = [
+            (prompt.row, sum(v for row, v in values if row == prompt.row) / config.validation_samples, 0)
+            for prompt in mine
+        ]
+        rows[0] = (*rows[0][:2], sum(written.lengths))
+    gathered = gather_object(rows)[: len(prompts)]  # sharded: every process has all; the first one's count
+    by_row = {row: value for row, value, _ in gathered}
+    return Scores(values=tuple(by_row[prompt.row] for prompt in prompts), tokens=sum(tokens for *_, tokens in gathered))
+
+
+def _accuracies(run: Run, written: Rollouts, verifier: Verifier | None) -> list[tuple[int, float]]:
+    """(row, 1 if right else 0) of each completion."""
+    assert verifier is not None
+    texts = [decode(run.lm.tokenizer, ids) for ids in written.completion_ids]
+    verdicts = verifier.verify(texts, [str(prompt.answer) for prompt in written.prompts])
+    return [(prompt.row, float(verdict.correct)) for prompt, verdict in zip(written.prompts, verdicts, strict=True)]
+
+
+def _minus_objective(run: Run, written: Rollouts) -> list[tuple[int, float]]:
+    """(row, minus the weighted objectives' mean over the supervised tokens) of each completion; 0 without any."""
+    rows: list[tuple[int, float]] = []
+    run.model.eval()
+    for micro in split_by_tokens(run.teacher.prepare(written), run.recipe.micro_batch_tokens):
+        targets = run.teacher.targets(micro, run.readings, head=run.uses_head)
+        batch = collate(
+            [prompt.token_ids for prompt in micro.prompts],
+            micro.completion_ids,
+            pad_id=run.lm.pad_id,
+            device=run.accelerator.device,
+        )
+        values = run.read(batch, run.readings, run.uses_head, partial(_per_token, run, targets))
+        totals = [0.0] * len(micro)
+        for objective, value in zip(run.objectives, values, strict=True):
+            for i, part in enumerate(value.split(micro.supervised(objective.tokens))):
+                totals[i] -= objective.coefficient * float(part.double().mean()) if len(part) else 0.0
+        rows += [(prompt.row, total) for prompt, total in zip(micro.prompts, totals, strict=True)]
+    return rows
+
+
+def _per_token(run: Run, targets: TeacherTargets, states: States) -> list[Tensor]:
+    return [objective.per_token(states, targets).cpu() for objective in run.objectives]
