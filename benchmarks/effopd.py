@@ -28,6 +28,8 @@ ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "effopd"
 RESULTS = ROOT / "benchmarks" / "results" / "effopd.json"
 STEPS, EVERY = 100, 10
+PLAIN_STEPS = {"2.5e-5": 400}
+"""Of plain runs at a learning rate at which 100 steps lead nowhere."""
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "oprd": {"type": "oprd", "tokens": "all"},
     "kl": {"type": "opd"},
@@ -38,6 +40,13 @@ SEARCHES: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "paper": {"type": "effopd"},
     "objective": {"type": "effopd", "score": "objective", "accept": "paired"},
+    "averaged": {
+        "type": "effopd",
+        "score": "objective",
+        "factors": [1.0, 2.0, 4.0, 8.0],
+        "triggers": "every_n",
+        "every": 16,
+    },
     "often": {
         "type": "effopd",
         "score": "objective",
@@ -92,7 +101,7 @@ def recipe_of(arm: Arm, train: Path, held_out: Path) -> Recipe:
         "evaluation": evaluation_options(held_out) | {"samples": 2, "max_sequences": 400},
         "output_dir": str(RUNS / arm.name),
         "prompts_per_step": arm.completions // 2,
-        "max_steps": STEPS,
+        "max_steps": PLAIN_STEPS.get(arm.learning_rate, STEPS) if search is None else STEPS,
         "eval_steps": EVERY,
         "learning_rate": float(arm.learning_rate),
         "lr_scheduler_type": "constant",
@@ -125,8 +134,8 @@ def measure(arm: Arm, folder: Path) -> dict[str, Any]:
 
 
 def curve(arms: list[dict[str, Any]], against: str) -> tuple[list[float], list[float]]:
-    """Means over seeds up to step STEPS: (`against`, accuracy)."""
-    steps = [step for step in arms[0]["step"] if step <= STEPS and all(step in arm["step"] for arm in arms)]
+    """Means over seeds: (`against`, accuracy)."""
+    steps = [step for step in arms[0]["step"] if all(step in arm["step"] for arm in arms)]
     at = [[arm["step"].index(step) for step in steps] for arm in arms]
     x, y = (
         [sum(arm[key][i] for arm, i in zip(arms, row, strict=True)) / len(arms) for row in zip(*at, strict=True)]
