@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,15 +28,34 @@ ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "effopd"
 RESULTS = ROOT / "benchmarks" / "results" / "effopd.json"
 STEPS, EVERY = 100, 10
+PLAIN_STEPS = {"2.5e-5": 400}
+"""Of plain runs at a learning rate at which 100 steps lead nowhere."""
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "oprd": {"type": "oprd", "tokens": "all"},
     "kl": {"type": "opd"},
     "sampled": {"type": "opd", "estimator": "sampled"},
 }
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 SEARCHES: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "paper": {"type": "effopd"},
     "objective": {"type": "effopd", "score": "objective", "accept": "paired"},
+    "averaged": {
+        "type": "effopd",
+        "score": "objective",
+        "factors": [1.0, 2.0, 4.0, 8.0],
+        "triggers": "every_n",
+        "every": 16,
+    },
+    "often": {
+        "type": "effopd",
+        "score": "objective",
+        "accept": "paired",
+        "validation_prompts": 16,
+        "factors": [1.0, 2.0, 4.0, 8.0],
+        "triggers": "every_n",
+        "every": 4,
+    },
     "small": {
         "type": "effopd",
         "score": "objective",
@@ -81,7 +101,7 @@ def recipe_of(arm: Arm, train: Path, held_out: Path) -> Recipe:
         "evaluation": evaluation_options(held_out) | {"samples": 2, "max_sequences": 400},
         "output_dir": str(RUNS / arm.name),
         "prompts_per_step": arm.completions // 2,
-        "max_steps": STEPS,
+        "max_steps": PLAIN_STEPS.get(arm.learning_rate, STEPS) if search is None else STEPS,
         "eval_steps": EVERY,
         "learning_rate": float(arm.learning_rate),
         "lr_scheduler_type": "constant",
@@ -108,8 +128,99 @@ def measure(arm: Arm, folder: Path) -> dict[str, Any]:
         "accuracy": [round(point["avg_at_k"], 4) for point in points],
         "seconds": [round(seconds[point["step"]], 1) for point in points],
         "generated_tokens": [tokens[point["step"]] for point in points],
+        "search_seconds": round(sum(row.get("time/extrapolation_s", 0.0) for row in rows), 1),
         "searches": read_jsonl(folder / "searches.jsonl"),
     }
+
+
+def curve(arms: list[dict[str, Any]], against: str) -> tuple[list[float], list[float]]:
+    """Means over seeds: (`against`, accuracy)."""
+    steps = [step for step in arms[0]["step"] if all(step in arm["step"] for arm in arms)]
+    at = [[arm["step"].index(step) for step in steps] for arm in arms]
+    x, y = (
+        [sum(arm[key][i] for arm, i in zip(arms, row, strict=True)) / len(arms) for row in zip(*at, strict=True)]
+        for key in (against, "accuracy")
+    )
+    return x, y
+
+
+def first_reaching(x: list[float], y: list[float], level: float) -> float | None:
+    """Where the broken line through the points first meets `level`; None if it never does."""
+    for (x0, y0), (x1, y1) in pairwise(zip(x, y, strict=True)):
+        if y0 < level <= y1:
+            return x0 + (x1 - x0) * (level - y0) / (y1 - y0)
+    return None
+
+
+def summarize(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """By setting and search: final accuracy, and where 90% of the plain runs' gain is reached, on the mean over seeds."""
+    by_setting: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for name, arm in sorted(arms.items()):
+        parts = arm_of(name)
+        setting = f"{parts.objective}-{parts.learning_rate}-{parts.completions}"
+        by_setting.setdefault(setting, {}).setdefault(parts.search, []).append(arm)
+    table: dict[str, Any] = {}
+    for setting, searches in by_setting.items():
+        if "plain" not in searches:
+            continue
+        _, plain = curve(searches["plain"], "step")
+        level = plain[0] + 0.9 * (plain[-1] - plain[0])
+        table[setting] = {"level": round(level, 4)} | {
+            search: {
+                "seeds": len(found),
+                "final_accuracy": round(curve(found, "step")[1][-1], 4),
+                "search_seconds": round(sum(a["search_seconds"] for a in found) / len(found), 1),
+                "seconds": round(curve(found, "seconds")[0][-1], 1),
+                **{
+                    f"{against}_to_90": rounded(first_reaching(*curve(found, against), level))
+                    for against in ("step", "seconds", "generated_tokens")
+                },
+            }
+            for search, found in searches.items()
+        }
+    return table
+
+
+def rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)
+
+
+def draw(arms: dict[str, dict[str, Any]], settings: list[str], searches: list[str], out: Path) -> None:
+    """Accuracy against steps, seconds and generated tokens, mean over seeds, as one SVG: a row for each setting."""
+    width, height, gap = 300, 200, 56
+    parts = []
+    for row, setting in enumerate(settings):
+        found = {s: [arm for name, arm in arms.items() if name.startswith(f"{setting}-{s}-")] for s in searches}
+        found = {s: runs for s, runs in found.items() if runs}
+        for column, against in enumerate(("step", "seconds", "generated_tokens")):
+            x0, y0 = gap + column * (width + gap), 30 + row * (height + gap)
+            curves = {s: curve(runs, against) for s, runs in found.items()}
+            most = max(x[-1] for x, _ in curves.values())
+            low, high = 0.2, 1.0
+            parts.append(f'<rect x="{x0}" y="{y0}" width="{width}" height="{height}" fill="none" stroke="#999"/>')
+            parts += [
+                f'<text x="{x0 - 6}" y="{y0 + height * (1 - (v - low) / (high - low)) + 4:.0f}" text-anchor="end">{v}</text>'
+                for v in (0.2, 0.4, 0.6, 0.8, 1.0)
+            ]
+            parts.append(f'<text x="{x0 + width}" y="{y0 + height + 15}" text-anchor="end">{most:.0f}</text>')
+            parts.append(f'<text x="{x0}" y="{y0 + height + 15}">{against.replace("_", " ")}</text>')
+            parts.append(f'<text x="{x0}" y="{y0 - 6}" font-weight="bold">{setting}</text>')
+            for i, (search, (x, y)) in enumerate(curves.items()):
+                points = " ".join(
+                    f"{x0 + width * a / most:.1f},{y0 + height * (1 - (b - low) / (high - low)):.1f}"
+                    for a, b in zip(x, y, strict=True)
+                )
+                parts.append(f'<polyline points="{points}" fill="none" stroke="{COLOURS[i]}" stroke-width="2"/>')
+                parts.append(
+                    f'<text x="{x0 + 8}" y="{y0 + 18 + 15 * i}" fill="{COLOURS[i]}">{search} ({len(found[search])})</text>'
+                )
+    size = f"{gap + 3 * (width + gap)} {30 + len(settings) * (height + gap)}"
+    style = "<style>text { font: 12px sans-serif; fill: #555 }</style>"
+    text = "\n".join(parts)
+    out.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}">{style}<rect width="100%" height="100%" '
+        f'fill="white"/>\n{text}\n</svg>\n'
+    )
 
 
 def main(names: list[str]) -> None:
@@ -127,9 +238,10 @@ def main(names: list[str]) -> None:
         arm = arm_of(name)
         done = run_recipe(recipe_of(arm, train, held_out))
         # read again: arms may run side by side
-        known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"arms": {}}
+        known = {"arms": json.loads(RESULTS.read_text())["arms"] if RESULTS.is_file() else {}}
         known["arms"][name] = measure(arm, done.run_folder)
-        RESULTS.write_text(json.dumps(known | {"machine": describe_machine()}, indent=None) + "\n")
+        summary = summarize(known["arms"])
+        RESULTS.write_text(json.dumps({"summary": summary, **known, "machine": describe_machine()}) + "\n")
         print(name, list(zip(known["arms"][name]["step"], known["arms"][name]["accuracy"], strict=True)), flush=True)
 
 

@@ -9,6 +9,7 @@ from oprd.config import (
     StudentConfig,
     load_recipe,
 )
+from oprd.config import EffOPDConfig as EffOPD
 from oprd.config import HiddenMSEConfig as HiddenMSE
 from oprd.config import LocalTeacherConfig as LocalTeacher
 from oprd.config import MixtureConfig as Mixture
@@ -18,6 +19,7 @@ from oprd.config import SeveralTeachersConfig as SeveralTeachers
 
 __all__ = [
     "DataConfig",
+    "EffOPD",
     "EvaluationConfig",
     "HiddenMSE",
     "LocalTeacher",
