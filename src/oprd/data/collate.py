@@ -4,11 +4,16 @@ from collections.abc import Sequence
 
 import torch
 
-from oprd.types import MicroBatch, Rollouts
+from oprd.types import MicroBatch, Places, Rollouts
 
 
 def collate(
-    prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], *, pad_id: int, device: torch.device
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    device: torch.device,
+    places: Sequence[Places] | None = None,
 ) -> MicroBatch:
     """Prompt and completion of each row behind each other, padded on the right to the longest."""
     rows = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
@@ -23,6 +28,21 @@ def collate(
         attention_mask=attention_mask.to(device),
         prompt_lengths=tuple(map(len, prompt_ids)),
         completion_lengths=tuple(map(len, completion_ids)),
+        places=None if places is None else tuple(places),
+    )
+
+
+def collate_student(rollouts: Rollouts, *, pad_id: int, device: torch.device) -> MicroBatch:
+    """The rollouts behind the prompts as the student reads them."""
+    pairings = rollouts.pairings
+    return collate(
+        [prompt.token_ids for prompt in rollouts.prompts],
+        rollouts.completion_ids,
+        pad_id=pad_id,
+        device=device,
+        places=None
+        if pairings is None
+        else [pairing.own(length) for pairing, length in zip(pairings, rollouts.lengths, strict=True)],
     )
 
 

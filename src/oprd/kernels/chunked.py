@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from oprd.kernels.reference import token_logprobs
 from oprd.types import LMHead
 
 Divergence = Callable[[Float[Tensor, "C V"], Float[Tensor, "C V"], Int[Tensor, " C"]], Float[Tensor, " C"]]
@@ -51,6 +52,16 @@ def head_divergence(
         student_hidden, student_head.weight, student_head.bias,
         student_head, teacher_hidden.detach(), teacher_head, sampled_ids, divergence,
     )  # fmt: skip
+
+
+def head_logprobs(hidden: Float[Tensor, "N D"], head: LMHead, ids: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Log-probability of the given token at each position, in nats. Gradient as in `head_divergence`."""
+    nobody = LMHead(weight=hidden.new_zeros(len(head.weight), 1))
+
+    def of_student(logits: Tensor, _: Tensor, ids: Tensor) -> Tensor:
+        return token_logprobs(logits, ids)
+
+    return head_divergence(hidden, head, hidden.new_zeros(len(hidden), 1), nobody, ids, of_student)
 
 
 class _HeadDivergence(torch.autograd.Function):
