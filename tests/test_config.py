@@ -66,7 +66,10 @@ def test_a_wrong_type_is_refused_and_not_converted():
 
 def test_an_unknown_variant_lists_the_known_ones():
     message = told(objective={"type": "oprdd"})
-    assert message == "objective.type: unknown type 'oprdd' (did you mean 'oprd'?); allowed: 'oprd', 'opd', 'mixture'"
+    assert (
+        message
+        == "objective.type: unknown type 'oprdd' (did you mean 'oprd'?); allowed: 'oprd', 'opd', 'oprd_bridge', 'mixture'"
+    )
 
 
 def test_a_missing_variant_or_key_says_so():

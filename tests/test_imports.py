@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "types", "progress"},
     {"config"},
     {"data", "models", "kernels"},
-    {"rollout", "teacher"},
+    {"rollout", "teacher", "bridge"},
     {"objectives"},
     {"algorithm"},
     {"evaluate"},

@@ -32,7 +32,10 @@ class DistillModel(nn.Module):
         self.student = lm.model
         self.lm = lm
         self.objectives = objectives
+        # those with tensors of their own: they move, train, shard and are stored with the student
+        self.modules_of_objectives = nn.ModuleList(o for o in objectives if isinstance(o, nn.Module))
         self.readings = tuple(dict.fromkeys(r for objective in objectives for r in objective.readings))
+        self.teacher_readings = tuple(dict.fromkeys(r for objective in objectives for r in objective.teacher_readings))
         self.uses_head = any(objective.uses_head for objective in objectives)
         # accelerate wraps these classes when it shards (FSDP2)
         self._no_split_modules = lm.core._no_split_modules

@@ -1,4 +1,4 @@
-"""The command line: demo | train | eval | diagnose | report | show-config."""
+"""The command line: demo | train | fit-bridge | eval | diagnose | report | show-config."""
 
 import os
 import sys
@@ -41,6 +41,18 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
                 f"{row.benchmark} avg@{row.samples} {row.avg_at_k:.3f} [{row.avg_at_k_low:.3f}, {row.avg_at_k_high:.3f}]"
             )
         print(f"student: {done.run_folder / 'student'}")
+
+
+@app.command("fit-bridge")
+def fit_bridge(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Fit the projections of objective oprd_bridge; an interrupted fit goes on where it was."""
+    parsed = load_recipe(recipe, overrides or [])
+    from oprd.train.fit_bridge import fit_bridge as fit
+
+    fitted = fit(parsed)
+    for (student, teacher), rank, cosine in zip(fitted.blocks, fitted.auto_ranks, fitted.cosine, strict=True):
+        print(f"block {student} to {teacher}: automatic rank {rank}, held-out cosine there {cosine:.3f}")
+    print(f"{fitted.rows} rows; bridge: {fitted.path}")
 
 
 @app.command("eval")

@@ -9,6 +9,7 @@ import json
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -65,6 +66,17 @@ class LocalTeacherConfig:
     """Replaces the prompt's system message for the teacher."""
     prompt_template: str | None = None
     """Replaces the last user message for the teacher; `{column}` is filled from the dataset."""
+    alignment: Literal["bytes", "shared_ids"] = "bytes"
+    """For a teacher with another tokenizer. `bytes`: it reads its own tokens of the same text, positions are paired where
+    both end at the same byte. `shared_ids`: it is fed the student's ids, prompt included, whatever they mean to it [code]."""
+
+    def __post_init__(self) -> None:
+        own_prompt = self.system_prompt is not None or self.prompt_template is not None
+        if self.alignment == "shared_ids" and own_prompt:
+            raise ConfigError(
+                "alignment 'shared_ids' feeds the teacher the student's prompt as it is; "
+                "drop system_prompt and prompt_template, or use alignment 'bytes'"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +115,14 @@ class SeveralTeachersConfig:
 TeacherConfig = Annotated[LocalTeacherConfig | SelfTeacherConfig | SeveralTeachersConfig, Discriminator("type")]
 
 Tokens = Literal["all", "first_k", "last_k", "last"]
+Layers = Literal["all", "last", "even", "odd"] | tuple[Positive, ...]
 Reduction = Literal["token_mean", "sequence_mean"]
 Coefficient = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _check_layers(layers: str | tuple[int, ...]) -> None:
+    if isinstance(layers, tuple) and (not layers or len(set(layers)) < len(layers)):
+        raise ConfigError(f"layers must name each block once and at least one, got {list(layers)}")
 
 
 def _check_k(tokens: Tokens, k: int | None) -> None:
@@ -118,7 +136,7 @@ class HiddenMSEConfig:
 
     __pydantic_config__ = _PYDANTIC
     type: Literal["oprd"] = "oprd"
-    layers: Literal["all", "last", "even", "odd"] | tuple[Positive, ...] = "all"
+    layers: Layers = "all"
     """Which transformer blocks are matched, counted from 1."""
     tokens: Tokens = "last_k"
     k: Positive | None = None
@@ -131,8 +149,7 @@ class HiddenMSEConfig:
 
     def __post_init__(self) -> None:
         _check_k(self.tokens, self.k)
-        if isinstance(self.layers, tuple) and (not self.layers or len(set(self.layers)) < len(self.layers)):
-            raise ConfigError(f"layers must name each block once and at least one, got {list(self.layers)}")
+        _check_layers(self.layers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,7 +193,60 @@ class OutputKLConfig:
             )
 
 
-OneObjectiveConfig = Annotated[HiddenMSEConfig | OutputKLConfig, Discriminator("type")]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BridgeFitConfig:
+    """How `oprd fit-bridge` fits the projections, from the student's completions of the fit prompts."""
+
+    __pydantic_config__ = _PYDANTIC
+    method: Literal["closed_form", "gradient"] = "closed_form"
+    """`closed_form` [ours]: from second moments. `gradient`: PCA and Adam on kept rows, the authors' recipe [code]."""
+    prompts: str | None = None
+    """A dataset of its own, of the same columns; the recipe's prompts unless given."""
+    limit: Positive = 2000
+    """Use at most so many prompts; 2000 [paper]."""
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the prompts that only measure; 0.1 [paper]."""
+    max_rank: Positive = 256
+    """Largest rank kept in the file, cut to the smaller width; every smaller one is in it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BridgeConfig:
+    """OPRD-Bridge: match projections of the states of two models of any width, depth and tokenizer."""
+
+    __pydantic_config__ = _PYDANTIC
+    type: Literal["oprd_bridge"] = "oprd_bridge"
+    bridge: str
+    """The file that `oprd fit-bridge` writes and training reads."""
+    rank: Literal["auto", "auto_shared", "full"] | Positive | tuple[Positive, ...] = "auto"
+    """`auto`: for each block pair the largest r whose r-th held-out squared canonical correlation is at least 1/2;
+    `auto_shared`: the same of their mean over the pairs, one rank for all. A list has one for each matched block."""
+    layers: Layers = "all"
+    """Which of the student's blocks are matched, counted from 1; each has its partner by relative depth [paper]."""
+    tokens: Tokens = "last_k"
+    k: Positive | None = None
+    normalization: Literal["none", "l2"] = "l2"
+    """`l2` divides each projection by its norm first [code]."""
+    trainable: bool = False
+    """Train the student's projections along; the teacher's stay as fitted."""
+    refit_every: Positive | None = None
+    """Fit again in closed form after so many steps, on those steps' rollouts: the student moves away from the fit."""
+    fit: BridgeFitConfig = field(default_factory=BridgeFitConfig)
+    reduction: Reduction = "token_mean"
+    coefficient: Coefficient = 10.0
+    """10 [code]."""
+
+    def __post_init__(self) -> None:
+        _check_k(self.tokens, self.k)
+        _check_layers(self.layers)
+        if self.trainable and self.refit_every is not None:
+            raise ConfigError("trainable and refit_every both move the projections; drop one of them")
+        if isinstance(self.rank, tuple) and isinstance(self.layers, tuple) and len(self.rank) != len(self.layers):
+            raise ConfigError(f"rank lists {len(self.rank)} ranks for {len(self.layers)} layers; give one for each")
+
+
+SingleObjective = HiddenMSEConfig | OutputKLConfig | BridgeConfig
+OneObjectiveConfig = Annotated[SingleObjective, Discriminator("type")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +262,7 @@ class MixtureConfig:
             raise ConfigError(f"a mixture needs at least two terms, got {len(self.terms)}; use the term itself")
 
 
-ObjectiveConfig = Annotated[HiddenMSEConfig | OutputKLConfig | MixtureConfig, Discriminator("type")]
+ObjectiveConfig = Annotated[SingleObjective | MixtureConfig, Discriminator("type")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -356,6 +426,17 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StageConfig:
+    """Some steps with an objective of their own; optimizer and schedule start afresh."""
+
+    __pydantic_config__ = _PYDANTIC
+    objective: ObjectiveConfig
+    max_steps: Positive
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """The recipe's unless given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """One run. Names follow transformers.TrainingArguments where the thing is the same."""
 
@@ -365,6 +446,8 @@ class Recipe:
     data: DataConfig
     output_dir: str
     objective: ObjectiveConfig = field(default_factory=HiddenMSEConfig)
+    stages: tuple[StageConfig, ...] = ()
+    """In place of `objective` and `max_steps`: objectives that follow each other in one run."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     extrapolation: EffOPDConfig | None = None
@@ -401,16 +484,27 @@ class Recipe:
     """`latest`, or a checkpoint folder of this run."""
 
     def __post_init__(self) -> None:
-        for term in objective_terms(self.objective):
-            if isinstance(term, OutputKLConfig) and term.estimator == "sampled":
-                _check_sampled(self.rollout)
-                if term.importance_clip is not None and self.rollout.updates_per_rollout == 1:
-                    raise ConfigError(
-                        "importance_clip has no meaning with rollout.updates_per_rollout=1: no rollout is stale; drop it"
-                    )
+        if self.stages and (self.objective != HiddenMSEConfig() or self.max_steps != 500):
+            raise ConfigError("stages have their own objective and max_steps; drop those of the recipe")
+        for stage in self.schedule():
+            for term in objective_terms(stage.objective):
+                if isinstance(term, OutputKLConfig) and term.estimator == "sampled":
+                    _check_sampled(self.rollout)
+                    if term.importance_clip is not None and self.rollout.updates_per_rollout == 1:
+                        raise ConfigError(
+                            "importance_clip has no meaning with rollout.updates_per_rollout=1: no rollout is stale; drop it"
+                        )
+
+    def schedule(self) -> tuple[StageConfig, ...]:
+        """The stages; a recipe without any is one stage."""
+        return self.stages or (StageConfig(objective=self.objective, max_steps=self.max_steps),)
+
+    def last_steps(self) -> tuple[int, ...]:
+        """The step that ends each stage, counted from the beginning of the run."""
+        return tuple(accumulate(stage.max_steps for stage in self.schedule()))
 
 
-def objective_terms(objective: ObjectiveConfig) -> tuple[HiddenMSEConfig | OutputKLConfig, ...]:
+def objective_terms(objective: ObjectiveConfig) -> tuple[SingleObjective, ...]:
     """The objectives that are summed: a mixture's terms, or the objective itself."""
     return objective.terms if isinstance(objective, MixtureConfig) else (objective,)
 

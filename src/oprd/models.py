@@ -101,9 +101,10 @@ def read_states(lm: LanguageModel, batch: MicroBatch, readings: Iterable[Reading
 
     Blocks above the deepest reading do not run; the LM head never does. Gradient flows if it is enabled.
     """
+    last = lm.num_blocks
     by_block: dict[int, list[Reading]] = {}
     for reading in readings:
-        by_block.setdefault(reading.block, []).append(reading)
+        by_block.setdefault(last if reading.block == "last" else reading.block, []).append(reading)
     hidden: dict[Reading, Tensor] = {}
 
     def keep(block: int, states: Tensor) -> None:
@@ -113,7 +114,6 @@ def read_states(lm: LanguageModel, batch: MicroBatch, readings: Iterable[Reading
     def hook(block: int) -> Any:
         return lambda module, args, out: keep(block, out[0] if isinstance(out, tuple) else out)
 
-    last = lm.num_blocks
     handles = [lm.blocks[b - 1].register_forward_hook(hook(b)) for b in by_block if b < last]
     try:
         with _only_first(lm, max(by_block)):
@@ -124,6 +124,11 @@ def read_states(lm: LanguageModel, batch: MicroBatch, readings: Iterable[Reading
     if last in by_block:
         keep(last, out.last_hidden_state)
     return States(hidden=hidden, head=lm.head() if head else None, batch=batch)
+
+
+def deepest_block(lm: LanguageModel, readings: Iterable[Reading]) -> int:
+    """The last block that has to run for the readings."""
+    return max(lm.num_blocks if reading.block == "last" else reading.block for reading in readings)
 
 
 def freeze_unused(lm: LanguageModel, deepest: int, *, head: bool) -> None:
@@ -355,8 +360,7 @@ def check_same_shape(student: Shape, teacher: Shape, name: str) -> None:
         raise TeacherMismatch(
             f"objective 'oprd' matches hidden states one to one: the student has {student.blocks} blocks of width "
             f"{student.width}, teacher {name} has {teacher.blocks} of width {teacher.width}. "
-            "Use a teacher of the student's shape, objective 'opd', "
-            "or OPRD-Bridge (objective 'oprd_bridge', planned)"
+            "Use a teacher of the student's shape, objective 'opd', or OPRD-Bridge (objective 'oprd_bridge')"
         )
 
 
@@ -371,7 +375,7 @@ def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
         raise TeacherMismatch(
             f"teacher {name} has another vocabulary: {len(different)} entries differ, the first {different[0]!r}. "
             "Token ids of one mean nothing to the other; use a teacher with the student's tokenizer, "
-            "or OPRD-Bridge (objective 'oprd_bridge', planned)"
+            "or OPRD-Bridge (objective 'oprd_bridge')"
         )
     for text in PROBE_TEXTS:
         a, b = (list(cast(list[int], t(text, add_special_tokens=False)["input_ids"])) for t in (student, teacher))

@@ -6,6 +6,7 @@ Letters in shapes: B completions in a micro-batch, T positions after padding, N 
 V vocabulary, D hidden width, L transformer blocks, K entries of a support, C chunk, R bridge rank, G group size.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -63,6 +64,34 @@ class Pairing:
     def __post_init__(self) -> None:
         assert len(self.student) == len(self.teacher), (len(self.student), len(self.teacher))
 
+    def own(self, length: int) -> "Places":
+        """Where the student's completion of `length` tokens is paired."""
+        return Places(selected=self.student, at=self.student, selected_length=length)
+
+    def of_teacher(self, length: int) -> "Places":
+        """Where the teacher's tokens are paired, `length` being the student's completion."""
+        return Places(selected=self.student, at=self.teacher, selected_length=length)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """The positions of a completion that may be supervised where two tokenizations are paired, as one model has them.
+
+    Which of them are is decided in the student's tokens, so that both models supervise the same ones.
+    """
+
+    selected: tuple[int, ...]
+    """Position in the student's completion, strictly increasing."""
+    at: tuple[int, ...]
+    """The same place in this model's completion, strictly increasing."""
+    selected_length: int
+    """Tokens of the student's completion."""
+
+    def within(self, tokens: "TokenSelection") -> range:
+        """Indices of the selected pairs; a selection is one span, so they are in one piece."""
+        start, stop = tokens.span(self.selected_length)
+        return range(bisect_left(self.selected, start), bisect_left(self.selected, stop))
+
 
 Answer = Pairing
 """Closed union of what a teacher attaches to a completion in `prepare`."""
@@ -108,13 +137,16 @@ class Rollouts:
 
     def supervised(self, tokens: "TokenSelection") -> tuple[int, ...]:
         """Supervised tokens of each completion: the selected ones, and of these the paired ones where there are pairs."""
-        if self.answers is None:
+        if self.pairings is None:
             return tuple(tokens.count(length) for length in self.lengths)
-        spans = [tokens.span(length) for length in self.lengths]
         return tuple(
-            sum(start <= at < stop for at in answer.student)
-            for answer, (start, stop) in zip(self.answers, spans, strict=True)
+            len(pairing.own(length).within(tokens)) for pairing, length in zip(self.pairings, self.lengths, strict=True)
         )
+
+    @property
+    def pairings(self) -> tuple[Pairing, ...] | None:
+        """The answers when they are pairings, as a local teacher with another tokenizer attaches them."""
+        return self.answers
 
 
 def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
@@ -166,10 +198,12 @@ class TokenSelection:
 class Reading:
     """One hidden state to read off a model: which block, and where."""
 
-    block: int
-    """1..L. L is the state after the final norm, the others are before it (Hugging Face's convention)."""
-    at: Literal["completion", "prediction"]
-    """`completion`: at the sampled tokens. `prediction`: one to the left, where they are predicted from."""
+    block: int | Literal["last"]
+    """1..L, or the model's last, however many it has. L is the state after the final norm, the others are before it
+    (Hugging Face's convention)."""
+    at: Literal["completion", "prediction", "spans"]
+    """`completion`: at the sampled tokens. `prediction`: one to the left, where they are predicted from.
+    `spans`: where every token since the last pair is predicted from, up to and with each supervised pair."""
     tokens: TokenSelection
 
 
@@ -183,14 +217,17 @@ class MicroBatch:
     completion_lengths: tuple[int, ...]
     logprobs: tuple[tuple[float, ...], ...] | None = None
     """`Rollouts.logprobs` of these completions."""
+    places: tuple[Places, ...] | None = None
+    """Of each completion, where two tokenizations are paired; None where every position may be supervised."""
 
     def __post_init__(self) -> None:
         assert self.input_ids.shape == self.attention_mask.shape, (self.input_ids.shape, self.attention_mask.shape)
+        assert self.places is None or len(self.places) == len(self.input_ids), len(self.places)
         assert len(self.input_ids) == len(self.prompt_lengths) == len(self.completion_lengths)
         assert min(self.prompt_lengths) >= 1, "the first sampled token needs a position that predicts it"
 
     @cached_property
-    def _masks(self) -> dict[tuple[str, TokenSelection], Bool[Tensor, "B T"]]:
+    def _masks(self) -> dict[tuple[str, TokenSelection, int], Bool[Tensor, "B T"]]:
         return {}
 
     def completion_mask(self, tokens: TokenSelection) -> Bool[Tensor, "B T"]:
@@ -202,9 +239,7 @@ class MicroBatch:
         return self._mask("prediction", tokens, shift=1)
 
     def mask(self, reading: Reading) -> Bool[Tensor, "B T"]:
-        if reading.at == "completion":
-            return self.completion_mask(reading.tokens)
-        return self.prediction_mask(reading.tokens)
+        return self._mask(reading.at, reading.tokens, shift=0 if reading.at == "completion" else 1)
 
     def sampled_ids(self, tokens: TokenSelection) -> Int[Tensor, " N"]:
         """The selected sampled tokens' ids."""
@@ -217,14 +252,40 @@ class MicroBatch:
         selected = [x for row in self.logprobs for x in row[slice(*tokens.span(len(row)))]]
         return torch.tensor(selected, dtype=torch.float32, device=self.input_ids.device)
 
+    def span_ids(self, tokens: TokenSelection) -> Int[Tensor, " M"]:
+        """This model's tokens of every supervised span: those since the last pair, up to and with each supervised one.
+        Where nothing is paired, every sampled token is a span of its own."""
+        return pack(self.input_ids, self._mask("spans", tokens, shift=0))
+
+    def span_numbers(self, tokens: TokenSelection) -> Int[Tensor, " M"]:
+        """To which supervised position, of N, each of `span_ids` belongs; rising."""
+        if self.places is None:
+            count = sum(map(tokens.count, self.completion_lengths))
+            return torch.arange(count, device=self.input_ids.device)
+        sizes = [
+            place.at[pair] - (place.at[pair - 1] if pair else -1)
+            for place in self.places
+            for pair in place.within(tokens)
+        ]
+        return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(self.input_ids.device)
+
     def _mask(self, at: str, tokens: TokenSelection, shift: int) -> Bool[Tensor, "B T"]:
-        if (at, tokens) not in self._masks:
+        if (at, tokens, shift) not in self._masks:
             mask = torch.zeros(self.input_ids.shape, dtype=torch.bool)
             for row, (prompt, length) in enumerate(zip(self.prompt_lengths, self.completion_lengths, strict=True)):
-                start, stop = tokens.span(length)
-                mask[row, prompt - shift + start : prompt - shift + stop] = True
-            self._masks[at, tokens] = mask.to(self.input_ids.device)
-        return self._masks[at, tokens]
+                if self.places is None:
+                    start, stop = tokens.span(length)
+                    mask[row, prompt - shift + start : prompt - shift + stop] = True
+                    continue
+                place = self.places[row]
+                pairs = place.within(tokens)
+                if at != "spans":
+                    mask[row, [prompt - shift + place.at[pair] for pair in pairs]] = True
+                elif pairs:
+                    first = place.at[pairs[0] - 1] + 1 if pairs[0] else 0
+                    mask[row, prompt - shift + first : prompt - shift + place.at[pairs[-1]] + 1] = True
+            self._masks[at, tokens, shift] = mask.to(self.input_ids.device)
+        return self._masks[at, tokens, shift]
 
 
 def pack(x: Tensor, mask: Bool[Tensor, "B T"]) -> Tensor:
@@ -270,6 +331,8 @@ class HiddenTargets:
     hidden: Mapping[Reading, Float[Tensor, "N D"]]
     head: LMHead | None
     """The teacher's head, for objectives that compare distributions; applied chunk by chunk, never kept."""
+    batch: MicroBatch | None = None
+    """The tokens as the teacher read them, which may be other ones than the student's."""
 
 
 TeacherTargets = HiddenTargets

@@ -175,6 +175,6 @@ def test_an_untied_head_of_the_teacher_is_kept_only_when_something_reads_it(heal
     run = build(
         parse_recipe(miniature_recipe(tmp_path / "run", train_file, teacher=teacher, health_tokens=health_tokens))
     )
-    names = dict(run.teacher._lm.model.named_parameters())
+    names = dict(run.teacher.lm.model.named_parameters())
     assert ("lm_head.weight" in names) == kept
     assert update_step(run, rollouts(run.lm), Clock(torch.device("cpu"))).finite

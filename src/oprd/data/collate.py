@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from oprd.types import MicroBatch, Rollouts
+from oprd.types import MicroBatch, Places, Rollouts
 
 
 def collate(
@@ -14,6 +14,7 @@ def collate(
     pad_id: int,
     device: torch.device,
     logprobs: tuple[tuple[float, ...], ...] | None = None,
+    places: Sequence[Places] | None = None,
 ) -> MicroBatch:
     """Prompt and completion of each row behind each other, padded on the right to the longest."""
     rows = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
@@ -29,6 +30,22 @@ def collate(
         prompt_lengths=tuple(map(len, prompt_ids)),
         completion_lengths=tuple(map(len, completion_ids)),
         logprobs=logprobs,
+        places=None if places is None else tuple(places),
+    )
+
+
+def collate_student(rollouts: Rollouts, *, pad_id: int, device: torch.device) -> MicroBatch:
+    """The rollouts behind the prompts as the student reads them."""
+    pairings = rollouts.pairings
+    return collate(
+        [prompt.token_ids for prompt in rollouts.prompts],
+        rollouts.completion_ids,
+        pad_id=pad_id,
+        device=device,
+        logprobs=rollouts.logprobs,
+        places=None
+        if pairings is None
+        else [pairing.own(length) for pairing, length in zip(pairings, rollouts.lengths, strict=True)],
     )
 
 

@@ -65,6 +65,16 @@ def sampled_logprobs(hidden: Float[Tensor, "N D"], head: LMHead, sampled_ids: In
     return torch.cat(parts) if parts else hidden.new_empty(0)
 
 
+def head_logprobs(hidden: Float[Tensor, "N D"], head: LMHead, ids: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Log-probability of the given token at each position, in nats. Gradient as in `head_divergence`."""
+    nobody = LMHead(weight=hidden.new_zeros(len(head.weight), 1))
+
+    def of_student(logits: Tensor, _: Tensor, ids: Tensor) -> Tensor:
+        return token_logprobs(logits, ids)
+
+    return head_divergence(hidden, head, hidden.new_zeros(len(hidden), 1), nobody, ids, of_student)
+
+
 class _HeadDivergence(torch.autograd.Function):
     """The gradient is taken chunk by chunk during the forward pass, for an incoming gradient of one per token.
 

@@ -1,8 +1,9 @@
 """Objectives, one file per method. A new one is registered here."""
 
-from oprd.config import HiddenMSEConfig, ObjectiveConfig, OutputKLConfig, objective_terms
+from oprd.config import BridgeConfig, HiddenMSEConfig, ObjectiveConfig, OutputKLConfig, objective_terms
 from oprd.errors import TeacherMismatch
 from oprd.objectives.base import Objective
+from oprd.objectives.bridge import Bridge
 from oprd.objectives.hidden import HiddenMSE
 from oprd.objectives.kl import OutputKL
 from oprd.teacher.base import Teacher
@@ -10,6 +11,7 @@ from oprd.teacher.base import Teacher
 REGISTRY = {
     HiddenMSEConfig: HiddenMSE,
     OutputKLConfig: OutputKL,
+    BridgeConfig: Bridge,
 }
 
 

@@ -21,7 +21,11 @@ class Objective(ABC):
     needs: type
     """The target type it needs."""
     readings: tuple[Reading, ...]
-    """Hidden states it needs of the student, and of a teacher that gives HiddenTargets."""
+    """Hidden states it needs of the student."""
+    across_shapes: bool = False
+    """Whether the teacher may have other blocks or another width."""
+    across_tokenizers: bool = False
+    """Whether the teacher may read other tokens than the student."""
     uses_head: bool
     """Whether the LM heads take part."""
     tokens: TokenSelection
@@ -30,6 +34,11 @@ class Objective(ABC):
     coefficient: float
     importance_weighted: bool = False
     """Whether it needs to know with what probability the sampled tokens were written, once they are stale."""
+
+    @property
+    def teacher_readings(self) -> tuple[Reading, ...]:
+        """Hidden states it needs of a teacher that gives HiddenTargets."""
+        return self.readings
 
     @abstractmethod
     def per_token(self, student: States, teacher: TeacherTargets) -> Float[Tensor, " N"]:

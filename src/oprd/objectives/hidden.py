@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from oprd.config import HiddenMSEConfig
+from oprd.config import HiddenMSEConfig, Layers
 from oprd.errors import ConfigError
 from oprd.kernels.reference import hidden_mse, normalized_hidden_mse
 from oprd.objectives.base import Objective, token_selection
@@ -32,7 +32,7 @@ class HiddenMSE(Objective):
         self.reduction = config.reduction
         self.coefficient = config.coefficient
         self.readings = tuple(
-            Reading(block=block, at="completion", tokens=self.tokens) for block in select_blocks(config, blocks)
+            Reading(block=block, at="completion", tokens=self.tokens) for block in select_blocks(config.layers, blocks)
         )
         self._distance = normalized_hidden_mse if config.normalization == "l2" else hidden_mse
 
@@ -50,16 +50,16 @@ class HiddenMSE(Objective):
         )
 
 
-def select_blocks(config: HiddenMSEConfig, blocks: int) -> tuple[int, ...]:
+def select_blocks(layers: Layers, blocks: int) -> tuple[int, ...]:
     """Matched blocks, from 1, of a model that has `blocks`. Raises ConfigError for one it does not have."""
-    if config.layers == "all":
+    if layers == "all":
         return tuple(range(1, blocks + 1))
-    if config.layers == "last":
+    if layers == "last":
         return (blocks,)
-    if isinstance(config.layers, str):
-        first = 2 if config.layers == "even" else 1
+    if isinstance(layers, str):
+        first = 2 if layers == "even" else 1
         return tuple(range(first, blocks + 1, 2))
-    beyond = [block for block in config.layers if block > blocks]
+    beyond = [block for block in layers if block > blocks]
     if beyond:
         raise ConfigError(f"objective.layers names block {beyond[0]}; the student has blocks 1 to {blocks}")
-    return tuple(sorted(config.layers))
+    return tuple(sorted(layers))

@@ -2,6 +2,10 @@
 
 p = student, q = teacher, both at the position that predicts the sampled token. Estimators: `full` over the vocabulary,
 `top_k` with both distributions renormalised on a support of k tokens, `sampled` from the sampled token alone.
+
+Across tokenizers [ours] only sampled reverse KL is left: the others sum over one vocabulary that both share. What both
+models give a probability is then the text between two places where both tokenizations end; each sums its own tokens'
+log-probabilities there. The teacher's is that of one spelling in tokens, a lower bound of the text's.
 """
 
 from functools import partial
@@ -13,9 +17,9 @@ from torch import Tensor
 from oprd.config import OutputKLConfig
 from oprd.errors import ConfigError
 from oprd.kernels import reference
-from oprd.kernels.chunked import Divergence, head_divergence, sampled_logprobs
+from oprd.kernels.chunked import Divergence, head_divergence, head_logprobs, sampled_logprobs
 from oprd.objectives.base import Objective, token_selection
-from oprd.types import HiddenTargets, Reading, States
+from oprd.types import HiddenTargets, LMHead, MicroBatch, Reading, States
 
 IMPORTANCE_CLIP = 2.0
 EXACT = {"reverse_kl": reference.reverse_kl, "forward_kl": reference.forward_kl, "jsd": reference.jsd}
@@ -32,13 +36,16 @@ class OutputKL(Objective):
 
     needs = HiddenTargets
     uses_head = True
+    across_shapes = True
 
     def __init__(self, config: OutputKLConfig, *, blocks: int, vocabulary: int) -> None:
         self.name = config.divergence
         self.tokens = token_selection(config.tokens, config.k)
         self.reduction = config.reduction
         self.coefficient = config.coefficient
-        self._reading = Reading(block=blocks, at="prediction", tokens=self.tokens)
+        self.across_tokenizers = config.estimator == "sampled" and config.divergence == "reverse_kl"
+        at = "spans" if self.across_tokenizers else "prediction"
+        self._reading = Reading(block="last", at=at, tokens=self.tokens)
         self.readings = (self._reading,)
         self._divergence = divergence(config, vocabulary)
         # full and top_k sum over tokens with the student's own probabilities; only the sampled estimators need correction
@@ -48,6 +55,11 @@ class OutputKL(Objective):
     def per_token(self, student: States, teacher: HiddenTargets) -> Float[Tensor, " N"]:
         assert student.head is not None
         assert teacher.head is not None
+        if student.batch.places is not None:
+            assert teacher.batch is not None
+            log_p = self._span_logprobs(student.hidden[self._reading], student.head, student.batch)
+            log_q = self._span_logprobs(teacher.hidden[self._reading], teacher.head, teacher.batch)
+            return reference.sampled_reverse_kl(log_p, log_q.to(log_p))
         ids = student.batch.sampled_ids(self.tokens)
         hidden = student.hidden[self._reading]
         values = head_divergence(
@@ -58,6 +70,13 @@ class OutputKL(Objective):
             return values
         now = sampled_logprobs(hidden, student.head, ids)
         return reference.importance_weights(now, then, self._importance_clip) * values
+
+    def _span_logprobs(self, hidden: Float[Tensor, "M D"], head: LMHead, batch: MicroBatch) -> Float[Tensor, " N"]:
+        """Log-probability of each span between two pairs, summed over the model's own tokens of it, in nats."""
+        logprobs = head_logprobs(hidden, head, batch.span_ids(self.tokens))
+        numbers = batch.span_numbers(self.tokens)
+        count = int(numbers[-1]) + 1 if len(numbers) else 0
+        return logprobs.new_zeros(count).index_add(0, numbers, logprobs)
 
 
 def divergence(config: OutputKLConfig, vocabulary: int) -> Divergence:

@@ -35,6 +35,8 @@ class RunFiles:
     """Of the extrapolation."""
     updates: Row
     """What `oprd diagnose updates` wrote; empty if it was not run."""
+    bridge: Mapping[str, Row]
+    """Held-out numbers of OPRD-Bridge's fit by the student's block; empty without a bridge."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,7 @@ class Plot:
 
 PLOTS = (
     Plot(title="Hidden-state loss", y="squared units of the state", keys=("train/oprd/mean",)),
+    Plot(title="Bridge loss", y="between projections", keys=("train/oprd_bridge/mean",)),
     Plot(title="Divergence", y="nats per token", keys=("train/reverse_kl/mean", "train/forward_kl/mean", "train/jsd/mean")),
     Plot(title="Gradient norm before clipping", y="norm", keys=("train/grad_norm",), log=True),
     Plot(title="Learning rate", y="rate", keys=("train/learning_rate",)),
@@ -68,7 +71,13 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     A run that is still going is shown as far as it has come.
     """
     read = _distinct([_read(Path(run)) for run in runs])
-    figures = [_accuracy(read), *(_curves(plot, read) for plot in PLOTS), _cosines(read), _searches(read)]
+    figures = [
+        _accuracy(read),
+        *(_curves(plot, read) for plot in PLOTS),
+        _cosines(read),
+        _searches(read),
+        *_bridges(read),
+    ]
     figures += [figure for run in read for figure in (*_updates(run), _far_early(run))]
     page = Environment(loader=PackageLoader("oprd.report", "."), autoescape=True).get_template("report.html.j2")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +99,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
 def _read(folder: Path) -> RunFiles:
     if not (folder / "recipe.yaml").is_file():
         raise RunFolderError(f"{folder} is not a run folder: it has no recipe.yaml. Give the output_dir of a run")
-    machine, updates = folder / "run.json", folder / "updates.json"
+    machine, updates, bridge = folder / "run.json", folder / "updates.json", folder / "bridge.json"
     return RunFiles(
         name=folder.resolve().name,
         recipe=yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")),
@@ -100,6 +109,7 @@ def _read(folder: Path) -> RunFiles:
         samples=_lines(folder / "samples.jsonl"),
         searches=_lines(folder / "searches.jsonl"),
         updates=json.loads(updates.read_text(encoding="utf-8")) if updates.is_file() else {},
+        bridge=json.loads(bridge.read_text(encoding="utf-8")) if bridge.is_file() else {},
     )
 
 
@@ -120,7 +130,7 @@ def _distinct(runs: Sequence[RunFiles]) -> list[RunFiles]:
     """Runs of the same name get a number."""
     names = [run.name for run in runs]
     return [
-        replace(run, name=run.name if names.count(run.name) == 1 else f"{run.name} ({names[: i + 1].count(run.name)})")
+        run if names.count(run.name) == 1 else replace(run, name=f"{run.name} ({names[: i + 1].count(run.name)})")
         for i, run in enumerate(runs)
     ]
 
@@ -130,21 +140,27 @@ def _summary(run: RunFiles) -> dict[str, str]:
     last: Row = run.metrics[-1] if run.metrics else {}
     seconds = sum(value for row in run.metrics for key, value in row.items() if key.startswith("time/"))
     teacher = run.recipe.get("teacher", {})
-    objective = run.recipe.get("objective", {})
-    terms = objective.get("terms") or [objective]
-    names = [" ".join(str(term[k]) for k in ("type", "divergence", "estimator") if k in term) for term in terms]
+    stages = run.recipe.get("stages") or [run.recipe]
+    steps = sum(stage.get("max_steps", 0) for stage in stages)
     return {
         "run": run.name,
         "student": _short(run.recipe.get("student", {}).get("model", "?")),
         "teacher": _short(teacher.get("model", teacher.get("type", "?"))),
-        "objective": " + ".join(names),
-        "steps": f"{last.get('step', 0)} of {run.recipe.get('max_steps', '?')}",
+        "objective": ", then ".join(_objective(stage.get("objective", {})) for stage in stages),
+        "steps": f"{last.get('step', 0)} of {steps}",
         "scores": "; ".join(_score(row) for row in _last_evaluations(run)) or "none yet",
         "minutes": f"{seconds / 60:.1f}",
         "peak memory, GiB": f"{last['memory/peak_gib']:.2f}" if "memory/peak_gib" in last else "–",
         "truncated": f"{last['rollout/truncated/share']:.0%}" if "rollout/truncated/share" in last else "–",
         "skipped steps": str(last.get("train/skipped_steps/total", "–")),
     }
+
+
+def _objective(config: Mapping[str, Any]) -> str:
+    terms = config.get("terms") or [config]
+    return " + ".join(
+        " ".join(str(term[k]) for k in ("type", "divergence", "estimator", "rank") if k in term) for term in terms
+    )
 
 
 def _score(row: Row) -> str:
@@ -279,10 +295,33 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def _bridges(runs: Sequence[RunFiles]) -> list[go.Figure | None]:
+    """Rank against held-out cosine, with the rank that was used, and the spectrum it was chosen from."""
+    cosine, spectrum = go.Figure(), go.Figure()
+    shown = [run for i, run in enumerate(runs) if run.bridge and run.bridge not in [r.bridge for r in runs[:i]]]
+    for run, dash in zip(shown, ("solid", "dash", "dot", "dashdot") * len(shown), strict=False):
+        for j, (block, told) in enumerate(run.bridge.items()):
+            line = {"color": COLOURS[j % len(COLOURS)], "dash": dash}
+            name = f"{run.name}: block {block} to {told['teacher_block']}"
+            ranks = list(range(1, len(told["canonical"]) + 1))
+            used = told["rank"]
+            sizes = [9 if rank == used else 0 for rank in ranks]
+            marked = {"mode": "lines+markers", "marker": {"size": sizes}, "line": line, "name": f"{name}, rank {used}"}
+            cosine.add_scatter(x=ranks[: len(told["cosine"])], y=told["cosine"], **marked)
+            spectrum.add_scatter(x=ranks, y=told["canonical"], **marked)
+    if spectrum.data:
+        spectrum.add_hline(y=0.5, line={"dash": "dot", "color": "grey"})
+    return [
+        _titled(cosine, "Bridge: held-out cosine of the projections", "rank", "mean cosine"),
+        _titled(spectrum, "Bridge: held-out canonical correlations", "direction", "squared correlation"),
+    ]
+
+
 def _titled(figure: go.Figure, title: str, x: str, y: str, *, log: bool = False) -> go.Figure | None:
-    if not figure.data:
+    curves = tuple(figure.data)
+    if not curves:
         return None
-    legend_rows = -(-sum(1 for _ in figure.select_traces()) // 2)
+    legend_rows = -(-len(curves) // 2)
     return figure.update_layout(
         template="none",
         title={"text": title, "x": 0.02, "font": {"size": 15}},

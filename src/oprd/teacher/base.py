@@ -25,6 +25,10 @@ class Teacher(ABC):
         """What the last `prepare` has to report in the step's metrics; the same names on every process at every step."""
         return ()
 
+    def comparable(self, rollouts: Rollouts, readings: Iterable[Reading]) -> tuple[Reading, ...]:
+        """Those of the student's `readings` that the teacher has too, meaning the same: health numbers compare these."""
+        return ()
+
     @abstractmethod
     def targets(self, rollouts: Rollouts, readings: Iterable[Reading], *, head: bool) -> TeacherTargets:
         """The teacher's answer on these rollouts, one entry per supervised completion token.

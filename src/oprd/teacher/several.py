@@ -44,7 +44,13 @@ class SeveralTeachers(Teacher):
             for tally in teacher.tallies()
         )
 
+    def comparable(self, rollouts: Rollouts, readings: Iterable[Reading]) -> tuple[Reading, ...]:
+        return self._of(rollouts).comparable(rollouts, readings)
+
     def targets(self, rollouts: Rollouts, readings: Iterable[Reading], *, head: bool) -> TeacherTargets:
+        return self._of(rollouts).targets(rollouts, readings, head=head)
+
+    def _of(self, rollouts: Rollouts) -> Teacher:
         names = {prompt.teacher for prompt in rollouts.prompts}
         assert len(names) == 1, names
-        return self._teachers[str(names.pop())].targets(rollouts, readings, head=head)
+        return self._teachers[str(names.pop())]

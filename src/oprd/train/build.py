@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from oprd.algorithm import DistillModel
+from oprd.bridge.file import check_side, check_weights, tokenizer_fingerprint, weights_fingerprint
 from oprd.config import (
     EffOPDConfig,
     LocalTeacherConfig,
@@ -26,9 +27,10 @@ from oprd.config import (
     SeveralTeachersConfig,
     TeacherConfig,
 )
-from oprd.data.chat import stop_ids
+from oprd.data.align import Aligner
+from oprd.data.chat import end_of_turn, stop_ids
 from oprd.data.prompts import PromptSampler, load_prompts
-from oprd.errors import ConfigError, DataError
+from oprd.errors import ConfigError, DataError, TeacherMismatch
 from oprd.evaluate.benchmarks import Benchmark, load_benchmarks
 from oprd.models import (
     LanguageModel,
@@ -36,6 +38,7 @@ from oprd.models import (
     check_same_shape,
     check_same_tokens,
     count_parameters,
+    deepest_block,
     freeze_unused,
     frozen_copy,
     is_peft,
@@ -45,13 +48,15 @@ from oprd.models import (
     read_shape,
 )
 from oprd.objectives import Objective, build_objectives, check_pair
+from oprd.objectives.bridge import Bridge
 from oprd.rollout.hf import HFEngine
 from oprd.teacher.base import Teacher
-from oprd.teacher.local import LocalTeacher
+from oprd.teacher.local import Likeness, LocalTeacher
 from oprd.teacher.several import SeveralTeachers
 from oprd.train.checkpoint import find_checkpoint
 from oprd.train.extrapolation import Extrapolation, validation_prompts
 from oprd.train.run_folder import RunFolder
+from oprd.train.stages import first_stage
 from oprd.types import Prompt, Reading, States
 
 
@@ -74,11 +79,18 @@ class Run:
     accelerator: Accelerator
     folder: RunFolder
     lm: LanguageModel
+    stages: tuple[tuple[Objective, ...], ...]
+    """The objectives of every stage."""
+    stage: int
+    """Which of them is under way."""
+    trainable: tuple[nn.Parameter, ...]
+    """What may get gradient in some stage."""
     model: nn.Module
     """DistillModel in its DDP or FSDP wrapper."""
-    objectives: tuple[Objective, ...]
     readings: tuple[Reading, ...]
-    """Every hidden state some objective needs, once."""
+    """Every hidden state of the student that some objective needs, once."""
+    teacher_readings: tuple[Reading, ...]
+    """The same of the teacher."""
     uses_head: bool
     teacher: Teacher
     engine: HFEngine
@@ -92,6 +104,11 @@ class Run:
     """DistillModel.read, through the wrapper where weights are sharded."""
     extrapolation: Extrapolation | None
 
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """Those of the stage under way."""
+        return self.stages[self.stage]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
@@ -101,8 +118,10 @@ class Checked:
     shape: Shape
     prompts: tuple[Prompt, ...]
     benchmarks: tuple[Benchmark, ...]
-    objectives: tuple[Objective, ...]
+    stages: tuple[tuple[Objective, ...], ...]
     teacher_tokenizers: dict[str, PreTrainedTokenizerBase]
+    likeness: dict[str, Likeness]
+    """Of every teacher by its name."""
 
 
 def check(recipe: Recipe, given: Given, *, world_size: int = 1) -> Checked:
@@ -119,10 +138,25 @@ def check(recipe: Recipe, given: Given, *, world_size: int = 1) -> Checked:
         )
     if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise ConfigError("bf16 is true, but this GPU does not support bfloat16; set bf16=false")
-    objectives = build_objectives(recipe.objective, blocks=shape.blocks, vocabulary=shape.vocabulary)
+    stages = tuple(
+        build_objectives(stage.objective, blocks=shape.blocks, vocabulary=shape.vocabulary)
+        for stage in recipe.schedule()
+    )
+    objectives = tuple(objective for stage in stages for objective in stage)
     tokenizer = given.tokenizer or load_tokenizer(recipe.student.model, recipe.student.gguf_file)
     check_pair(objectives, SeveralTeachers if isinstance(recipe.teacher, SeveralTeachersConfig) else LocalTeacher)
-    tokenizers = _check_teacher(recipe, given, shape, tokenizer, objectives)
+    tokenizers, likeness = check_teachers(
+        recipe,
+        given,
+        shape,
+        tokenizer,
+        across_shapes=all(objective.across_shapes for objective in objectives),
+        across_tokenizers=all(objective.across_tokenizers for objective in objectives),
+        uses_head=any(objective.uses_head for objective in objectives),
+    )
+    for objective in objectives:
+        if isinstance(objective, Bridge):
+            _check_bridge(objective, recipe, given, shape, tokenizer, tokenizers)
     room = recipe.rollout.max_completion_length
     prompts = load_prompts(recipe.data, tokenizer, context=shape.context, room=room, given=given.prompts)
     if recipe.rollout.lambda_on_policy < 1:
@@ -139,8 +173,9 @@ def check(recipe: Recipe, given: Given, *, world_size: int = 1) -> Checked:
         shape=shape,
         prompts=prompts,
         benchmarks=benchmarks,
-        objectives=objectives,
+        stages=stages,
         teacher_tokenizers=tokenizers,
+        likeness=likeness,
     )
 
 
@@ -162,29 +197,33 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
 
     student = load_student(recipe.student, given.student)
     lm = LanguageModel(model=student, tokenizer=checked.tokenizer, name=recipe.student.model)
-    objectives = checked.objectives
+    for bridge in _bridges(checked.stages):
+        check_weights(bridge.config.bridge, "student", bridge.file.student, weights_fingerprint(lm))
     sharded = accelerator.distributed_type == DistributedType.FSDP
+    if sharded and recipe.stages:
+        raise ConfigError(
+            "stages wrap the student anew for each objective, which FSDP cannot undo; run the second stage from the first "
+            "one's student, or use DDP"
+        )
     frozen = None
     if not is_peft(student) and any(isinstance(m, SelfTeacherConfig) for m in _members(recipe.teacher).values()):
         frozen = frozen_copy(student).to(accelerator.device)
-    distill = DistillModel(lm, objectives)
-    freeze_unused(lm, max(reading.block for reading in distill.readings), head=distill.uses_head)
-    model, prepared = accelerator.prepare(distill, _optimizer(recipe, distill))
-    assert isinstance(prepared.optimizer, torch.optim.Optimizer)
-    if isinstance(model, FSDPModule):
-        for method in ("read", "generate"):
-            register_fsdp_forward_method(cast(nn.Module, model), method)
-    inner = cast(DistillModel, accelerator.unwrap_model(model, keep_torch_compile=False))
+    trainable = tuple(parameter for parameter in student.parameters() if parameter.requires_grad)
+    stage = first_stage(recipe)
+    prepared = _prepare(recipe, accelerator, lm, trainable, checked.stages[stage], stage)
+    inner = prepared.inner
 
     def read(batch: Any, readings: Any, head: bool, then: Callable[[States], Any] = lambda states: states) -> Any:
         with accelerator.autocast():
             return inner.read(batch, readings, head, then)
 
-    reads_head = distill.uses_head or recipe.health_tokens > 0
-    teacher = _build_teacher(recipe.teacher, given, checked, lm, frozen, accelerator, read, reads_head)
+    reads_head = any(objective.uses_head for stage in checked.stages for objective in stage) or recipe.health_tokens > 0
+    teacher = build_teacher(recipe.teacher, given, checked, lm, frozen, accelerator, read, reads_head)
     teacher.check_prompts(checked.prompts)
+    for bridge in _bridges(checked.stages):
+        assert isinstance(teacher, LocalTeacher)
+        check_weights(bridge.config.bridge, "teacher", bridge.file.teacher, weights_fingerprint(teacher.lm))
     stops = stop_ids(checked.tokenizer, lm.core.generation_config)
-    updates = recipe.max_steps * recipe.rollout.updates_per_rollout
     engine = HFEngine(
         lm,
         stops,
@@ -198,10 +237,13 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
         accelerator=accelerator,
         folder=folder,
         lm=lm,
-        model=cast(nn.Module, model),
-        objectives=objectives,
-        readings=distill.readings,
-        uses_head=distill.uses_head,
+        stages=checked.stages,
+        stage=stage,
+        trainable=trainable,
+        model=prepared.model,
+        readings=inner.readings,
+        teacher_readings=inner.teacher_readings,
+        uses_head=inner.uses_head,
         teacher=teacher,
         engine=engine,
         prompts=checked.prompts,
@@ -215,13 +257,70 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
         benchmarks=checked.benchmarks,
         stop_ids=stops,
         optimizer=prepared.optimizer,
+        scheduler=prepared.scheduler,
+        extrapolation=prepared.extrapolation,
+        read=read,
+    )
+
+
+def enter_stage(run: Run, stage: int) -> Run:
+    """The same student, teacher and prompts with the stage's objectives, a fresh optimizer and a fresh schedule."""
+    run.accelerator.free_memory()  # a wrapper that is still known would go on reducing the same gradients
+    prepared = _prepare(run.recipe, run.accelerator, run.lm, run.trainable, run.stages[stage], stage)
+    return replace(
+        run,
+        stage=stage,
+        model=prepared.model,
+        readings=prepared.inner.readings,
+        teacher_readings=prepared.inner.teacher_readings,
+        uses_head=prepared.inner.uses_head,
+        optimizer=prepared.optimizer,
+        scheduler=prepared.scheduler,
+        extrapolation=prepared.extrapolation,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """What depends on the objectives."""
+
+    inner: DistillModel
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    extrapolation: Extrapolation | None
+
+
+def _prepare(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    lm: LanguageModel,
+    trainable: tuple[nn.Parameter, ...],
+    objectives: tuple[Objective, ...],
+    stage: int,
+) -> _Prepared:
+    config = recipe.schedule()[stage]
+    updates = config.max_steps * recipe.rollout.updates_per_rollout
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+    distill = DistillModel(lm, objectives)
+    freeze_unused(lm, deepest_block(lm, distill.readings), head=distill.uses_head)
+    optimizer = _optimizer(recipe, distill, config.learning_rate or recipe.learning_rate)
+    model, prepared = accelerator.prepare(distill, optimizer)
+    assert isinstance(prepared.optimizer, torch.optim.Optimizer)
+    if isinstance(model, FSDPModule):
+        for method in ("read", "generate"):
+            register_fsdp_forward_method(cast(nn.Module, model), method)
+    return _Prepared(
+        inner=cast(DistillModel, accelerator.unwrap_model(model, keep_torch_compile=False)),
+        model=cast(nn.Module, model),
+        optimizer=prepared.optimizer,
         scheduler=get_scheduler(
             recipe.lr_scheduler_type,
             prepared.optimizer,
             num_warmup_steps=math.ceil(recipe.warmup_ratio * updates),
             num_training_steps=updates,
         ),
-        read=read,
         extrapolation=None if recipe.extrapolation is None else _extrapolation(recipe.extrapolation, lm, accelerator),
     )
 
@@ -269,10 +368,10 @@ def _refuse_separate_processes(accelerator: Accelerator) -> None:
         )
 
 
-def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+def _optimizer(recipe: Recipe, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=recipe.learning_rate,
+        lr=learning_rate,
         betas=(recipe.adam_beta1, recipe.adam_beta2),
         eps=recipe.adam_epsilon,
         weight_decay=recipe.weight_decay,
@@ -284,31 +383,110 @@ def _members(config: TeacherConfig) -> Mapping[str, LocalTeacherConfig | SelfTea
     return config.teachers if isinstance(config, SeveralTeachersConfig) else {"": config}
 
 
-def _check_teacher(
+def check_teachers(
     recipe: Recipe,
     given: Given,
     shape: Shape,
     tokenizer: PreTrainedTokenizerBase,
-    objectives: tuple[Objective, ...],
-) -> dict[str, PreTrainedTokenizerBase]:
-    """Tokenizer of every local teacher by its name, after checking it against the student."""
+    *,
+    across_shapes: bool,
+    across_tokenizers: bool,
+    uses_head: bool,
+) -> tuple[dict[str, PreTrainedTokenizerBase], dict[str, Likeness]]:
+    """Tokenizer of every teacher by its name and what it shares with the student, after checking that it is enough."""
     several = isinstance(recipe.teacher, SeveralTeachersConfig)
-    tokenizers = {}
+    tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+    likeness: dict[str, Likeness] = {}
     for name, member in _members(recipe.teacher).items():
         if isinstance(member, SelfTeacherConfig):
-            tokenizers[name] = tokenizer
+            tokenizers[name], likeness[name] = tokenizer, Likeness(shape=True, tokens=True)
             continue
         model = given.teacher if given.teacher is not None and not several else member.model
         # different vocabularies first: that is the reason a user has to hear when both differ
         own = given.teacher_tokenizer or (tokenizer if given.teacher is not None else None)
         tokenizers[name] = own or load_tokenizer(member.model, member.gguf_file)
-        check_same_tokens(tokenizer, tokenizers[name], member.model)
-        if any(not objective.uses_head for objective in objectives):
-            check_same_shape(shape, read_shape(model, member.gguf_file), member.model)
-    return tokenizers
+        same_tokens = True
+        try:
+            check_same_tokens(tokenizer, tokenizers[name], member.model)
+        except TeacherMismatch:
+            if not across_tokenizers:
+                raise
+            same_tokens = False
+        theirs = read_shape(model, member.gguf_file)
+        if not across_shapes:
+            check_same_shape(shape, theirs, member.model)
+        same_shape = (shape.blocks, shape.width) == (theirs.blocks, theirs.width)
+        likeness[name] = Likeness(shape=same_shape, tokens=same_tokens)
+        if not same_tokens and member.alignment == "shared_ids":
+            _check_shared_ids(tokenizer, theirs, member.model, uses_head=uses_head)
+        elif not same_tokens:
+            _aligner(tokenizer, tokenizers[name], None, member.model)
+    return tokenizers, likeness
 
 
-def _build_teacher(
+def _check_shared_ids(tokenizer: PreTrainedTokenizerBase, teacher: Shape, name: str, *, uses_head: bool) -> None:
+    """Raise TeacherMismatch where the student's ids cannot even be looked up, or would be given probabilities."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= teacher.vocabulary:
+        raise TeacherMismatch(
+            f"alignment 'shared_ids' feeds teacher {name} the student's ids, which go up to {largest}; its vocabulary has "
+            f"{teacher.vocabulary} rows. Use alignment 'bytes'"
+        )
+    if uses_head:
+        raise TeacherMismatch(
+            f"alignment 'shared_ids': teacher {name} gives probabilities to tokens of its own vocabulary, which mean "
+            "nothing for the student's. Use alignment 'bytes'"
+        )
+
+
+def _aligner(
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    generation: Any,
+    name: str,
+    student_generation: Any = None,
+) -> Aligner:
+    return Aligner(
+        student,
+        teacher,
+        student_stops=stop_ids(student, student_generation),
+        teacher_end=end_of_turn(teacher, stop_ids(teacher, generation)),
+        teacher_name=name,
+    )
+
+
+def _bridges(stages: tuple[tuple[Objective, ...], ...]) -> list[Bridge]:
+    return [objective for stage in stages for objective in stage if isinstance(objective, Bridge)]
+
+
+def _check_bridge(
+    bridge: Bridge,
+    recipe: Recipe,
+    given: Given,
+    shape: Shape,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizers: dict[str, PreTrainedTokenizerBase],
+) -> None:
+    """Raise TeacherMismatch unless the bridge's file was fitted for these two models, as far as configs tell."""
+    path, config = bridge.config.bridge, recipe.teacher
+    if not isinstance(config, LocalTeacherConfig):
+        raise TeacherMismatch("objective 'oprd_bridge' was fitted for one local teacher; use `teacher: {type: local}`")
+    stored = bridge.file.setting.alignment
+    if stored != config.alignment:
+        raise TeacherMismatch(
+            f"{path} was fitted with alignment {stored!r}, the recipe has {config.alignment!r}. Fit again, or set it back"
+        )
+    theirs = read_shape(given.teacher or config.model, config.gguf_file)
+    ours_print, theirs_print = tokenizer_fingerprint(tokenizer), tokenizer_fingerprint(teacher_tokenizers[""])
+    sides = (
+        ("student", bridge.file.student, shape, ours_print),
+        ("teacher", bridge.file.teacher, theirs, theirs_print),
+    )
+    for which, side, found, fingerprint in sides:
+        check_side(path, which, side, width=found.width, blocks=found.blocks, tokenizer=fingerprint)
+
+
+def build_teacher(
     config: TeacherConfig,
     given: Given,
     checked: Checked,
@@ -321,7 +499,7 @@ def _build_teacher(
 ) -> Teacher:
     if isinstance(config, SeveralTeachersConfig):
         build_one = partial(
-            _build_teacher, given=Given(), checked=checked, lm=lm, frozen=frozen, accelerator=accelerator
+            build_teacher, given=Given(), checked=checked, lm=lm, frozen=frozen, accelerator=accelerator
         )
         members = config.teachers.items()
         return SeveralTeachers({n: build_one(one, read=read, reads_head=reads_head, name=n) for n, one in members})
@@ -343,11 +521,21 @@ def _build_teacher(
             without_adapter=off,
         )
     model = load_teacher(config, accelerator.device, given.teacher, head=reads_head)
+    own = LanguageModel(model=model, tokenizer=checked.teacher_tokenizers[name], name=config.model)
+    likeness = checked.likeness[name]
+    aligner = None
+    if not likeness.tokens and config.alignment == "bytes":
+        generation = own.core.generation_config
+        aligner = _aligner(
+            checked.tokenizer, own.tokenizer, generation, config.model, student_generation=lm.core.generation_config
+        )
     return LocalTeacher(
-        LanguageModel(model=model, tokenizer=checked.teacher_tokenizers[name], name=config.model),
+        own,
         context=read_shape(model).context,
         system_prompt=config.system_prompt,
         prompt_template=config.prompt_template,
+        likeness=likeness,
+        aligner=aligner,
     )
 
 

@@ -18,16 +18,18 @@ from torch.distributed.tensor import DTensor
 from oprd.algorithm import collect
 from oprd.config import recipe_to_yaml
 from oprd.data.chat import decode, encode, end_of_turn
-from oprd.data.collate import collate, split_by_tokens
+from oprd.data.collate import collate_student, split_by_tokens
 from oprd.errors import Interrupted, TrainingStopped
 from oprd.evaluate.run import Evaluation, evaluate, evaluation_from
 from oprd.evaluate.verify import Verifier
 from oprd.kernels.chunked import sampled_logprobs
 from oprd.objectives.base import Objective
+from oprd.objectives.bridge import Bridge
 from oprd.progress import Bar, console, progress_bar
 from oprd.rollout.base import Sampling
-from oprd.train.build import Run
+from oprd.train.build import Run, enter_stage
 from oprd.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from oprd.train.fit_bridge import needs_refit, refit
 from oprd.train.health import Health, health_from_sums, health_readings, health_sample, measure
 from oprd.train.log import Clock, Interrupt, derive_seed, peak_memory_gib
 from oprd.train.run_folder import read_jsonl, write_atomically
@@ -94,13 +96,17 @@ def train(run: Run) -> Result:
         verifier = stack.enter_context(Verifier(timeout_s=recipe.evaluation.verify_timeout_s)) if judged else None
         if recipe.eval_steps is not None and progress.step == 0:
             _evaluate(run, progress, verifier)
-        label = run.folder.path.name
-        bar = stack.enter_context(progress_bar(label, recipe.max_steps, done=progress.step, shown=shown))
-        while progress.step < recipe.max_steps:
+        label, ends = run.folder.path.name, recipe.last_steps()
+        bar = stack.enter_context(progress_bar(label, ends[-1], done=progress.step, shown=shown))
+        while progress.step < ends[-1]:
+            if progress.step == ends[run.stage]:
+                run = enter_stage(run, run.stage + 1)
+            if needs_refit(run, progress.step):
+                refit(run, progress.step)
             start = time.perf_counter()
             _step(run, progress, bar, verifier)
             progress.seconds += time.perf_counter() - start
-            last = progress.step == recipe.max_steps
+            last = progress.step == ends[-1]
             if recipe.eval_steps is not None and progress.step % recipe.eval_steps == 0 and not last:
                 _evaluate(run, progress, verifier)
             stop = _any(run, interrupt.asked)
@@ -183,6 +189,9 @@ def update_step(run: Run, rollouts: Rollouts, clock: Clock) -> Update:
         raise TrainingStopped(
             "no token of this step is supervised: every completion is empty. Does the chat template end the prompt where "
             "the assistant starts to write, and is the stop token not the first thing it writes?"
+            if rollouts.pairings is None
+            else "no token of this step ends where one of the teacher's ends, so none is supervised. Does the student write "
+            "text, and does the teacher's tokenizer keep it as it is?"
         )
     sums = torch.zeros(len(objectives), dtype=torch.float64)
     run.model.train()
@@ -190,7 +199,7 @@ def update_step(run: Run, rollouts: Rollouts, clock: Clock) -> Update:
         real = number < len(micros)
         micro = micros[number] if real else micros[0]
         with clock.section("teacher"):
-            targets = run.teacher.targets(micro, run.readings, head=run.uses_head)
+            targets = run.teacher.targets(micro, run.teacher_readings, head=run.uses_head)
         last = number == passes - 1
         with clock.section("update"), contextlib.nullcontext() if last else accelerator.no_sync(run.model):
             values = run.model(_student_batch(run, micro), targets)
@@ -218,14 +227,7 @@ def update_step(run: Run, rollouts: Rollouts, clock: Clock) -> Update:
 
 
 def _student_batch(run: Run, rollouts: Rollouts) -> MicroBatch:
-    """The rollouts behind the prompts as the student reads them."""
-    return collate(
-        [prompt.token_ids for prompt in rollouts.prompts],
-        rollouts.completion_ids,
-        pad_id=run.lm.pad_id,
-        device=run.accelerator.device,
-        logprobs=rollouts.logprobs,
-    )
+    return collate_student(rollouts, pad_id=run.lm.pad_id, device=run.accelerator.device)
 
 
 def _mean_of(updates: Sequence[Update]) -> Update:
@@ -244,7 +246,7 @@ def _with_logprobs(run: Run, rollouts: Rollouts) -> Rollouts:
 
     By the trainer's own forward pass, because an engine's may differ by its precision.
     """
-    reading = Reading(block=run.lm.num_blocks, at="prediction", tokens=TokenSelection(keep="all"))
+    reading = Reading(block="last", at="prediction", tokens=TokenSelection(keep="all"))
 
     def sampled(states: States) -> torch.Tensor:
         assert states.head is not None
@@ -319,7 +321,8 @@ def _given_rollouts(run: Run, prompts: Sequence[Prompt], longest: int) -> Rollou
 def _health(run: Run, rollouts: Rollouts) -> Health | None:
     sample = health_sample(rollouts, run.recipe.health_tokens)
     readings = health_readings(run.lm.num_blocks)
-    targets = run.teacher.targets(sample, readings, head=True)
+    shared = run.teacher.comparable(sample, readings)
+    targets = run.teacher.targets(sample, shared, head=True) if shared else None
     run.model.eval()
     sums = run.read(_student_batch(run, sample), readings, True, partial(measure, teacher=targets))
     return health_from_sums(_gather(run, sums.tolist()).sum(0))
@@ -428,6 +431,9 @@ def _start(run: Run) -> Progress:
     recipe, folder, accelerator = run.recipe, run.folder, run.accelerator
     if accelerator.is_main_process:
         folder.create(recipe)
+        for objective in (objective for stage in run.stages for objective in stage):
+            if isinstance(objective, Bridge):
+                write_atomically(folder.path / "bridge.json", json.dumps(objective.told()))
     progress = Progress()
     asked = recipe.resume_from_checkpoint
     found = find_checkpoint(folder.checkpoints, asked) if asked is not None else None
@@ -470,7 +476,7 @@ def _note(objectives: Sequence[Objective], update: Update, health: Health | None
     losses = " ".join(f"{n} {x:.4f}" for n, x in zip(term_names(objectives), update.losses, strict=True))
     return (
         losses
-        + (f" overlap {health.overlap:.2f}" if health is not None else "")
+        + (f" overlap {health.agreement.overlap:.2f}" if health is not None and health.agreement is not None else "")
         + ("" if update.finite else " SKIPPED")
     )
 

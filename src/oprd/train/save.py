@@ -1,14 +1,17 @@
 """The trained student as a folder that `AutoModelForCausalLM.from_pretrained` loads, with a card that says how it came to be."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from oprd.bridge.file import weights_fingerprint
 from oprd.config import recipe_to_yaml
 from oprd.evaluate.run import Evaluation
 from oprd.models import is_peft
+from oprd.objectives.bridge import Bridge
 from oprd.train.build import Run
 
 _STUDENT = "student."
@@ -20,14 +23,30 @@ def save_student(run: Run, evaluations: Sequence[Evaluation]) -> None:
     gathered = get_model_state_dict(run.model, options=options)
     if not run.accelerator.is_main_process:
         return
-    weights = {name.removeprefix(_STUDENT): cast(torch.Tensor, value) for name, value in gathered.items()}
+    tensors = {name: cast(torch.Tensor, value) for name, value in gathered.items()}
+    weights = {name.removeprefix(_STUDENT): x for name, x in tensors.items() if name.startswith(_STUDENT)}
     dtype = torch.bfloat16 if run.recipe.bf16 else torch.float32
     run.lm.model.save_pretrained(
         run.folder.student, state_dict={name: value.to(dtype) for name, value in weights.items()}
     )
+    for bridge in (objective for objective in run.objectives if isinstance(objective, Bridge)):
+        if bridge.config.trainable or bridge.config.refit_every is not None:
+            _bridge_beside(run, bridge, tensors)
     run.lm.tokenizer.save_pretrained(run.folder.student)
     run.lm.core.generation_config.save_pretrained(run.folder.student)
     (run.folder.student / "README.md").write_text(model_card(run, evaluations), encoding="utf-8")
+
+
+def _bridge_beside(run: Run, bridge: Bridge, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Projections that moved during training, as a file for the student as it is now."""
+    number = [id(objective) for objective in run.objectives if isinstance(objective, nn.Module)].index(id(bridge))
+    prefix = f"modules_of_objectives.{number}."
+    own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    trained = {
+        name: tensors[_STUDENT + name] for name, _ in run.lm.model.named_parameters() if _STUDENT + name in tensors
+    }
+    fingerprint = weights_fingerprint(run.lm, trained)
+    bridge.as_trained(own, fingerprint).save(run.folder.path / "bridge.safetensors")
 
 
 def model_card(run: Run, evaluations: Sequence[Evaluation]) -> str:

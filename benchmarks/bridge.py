@@ -1,0 +1,162 @@
+"""OPRD-Bridge from the miniature base to `wide_teacher`: other width, other depth, other tokenizer.
+
+    python benchmarks/bridge.py                  # every arm, seeds 0, 1, 2; finished ones are kept
+    python benchmarks/bridge.py auto shared_ids --seeds 0
+
+Each arm is a recipe of 200 steps of 64 completions; runs, bridges and scores are under runs/bridge, the table in
+benchmarks/results/bridge.json. All arms have the same seeds, prompts and evaluation; learning rates are those of ARMS,
+tuned on seed 0.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oprd.config import parse_recipe
+from oprd.demo.run import HELD_OUT_PROBLEMS, MODELS, TRAINING_PROBLEMS, evaluation_options
+from oprd.demo.task import sums, write_jsonl
+from oprd.evaluate.command import evaluate_model
+from oprd.evaluate.run import Evaluation, evaluation_from
+from oprd.train.fit_bridge import fit_bridge
+from oprd.train.run import run_recipe
+from oprd.train.run_folder import describe_machine, read_jsonl
+
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "runs" / "bridge"
+RESULT = ROOT / "benchmarks" / "results" / "bridge.json"
+SEEDS = (0, 1, 2)
+BRIDGE_LR, OPD_LR = 1e-3, 2e-4
+FIT_PROMPTS = 512
+OPD = {"type": "opd", "estimator": "sampled"}
+
+Arm = dict[str, Any]
+"""What an arm changes: `bridge` (keys of the objective), `alignment`, `learning_rate`, `stages`."""
+
+ARMS: dict[str, Arm] = {
+    "auto": {"bridge": {"rank": "auto"}},
+    "shared_ids": {"bridge": {"rank": "auto"}, "alignment": "shared_ids"},
+    "opd": {"opd": True, "learning_rate": OPD_LR},
+    "auto_then_opd": {"bridge": {"rank": "auto"}, "opd": True, "learning_rate": OPD_LR},
+    **{f"rank_{r}": {"bridge": {"rank": r}} for r in (2, 4, 8, 16, 32)},
+    "full": {"bridge": {"rank": "full"}},
+    "gradient": {"bridge": {"rank": "auto", "fit": {"method": "gradient", "limit": FIT_PROMPTS}}},
+    "trainable": {"bridge": {"rank": "auto", "trainable": True}},
+    "refit_50": {"bridge": {"rank": "auto", "refit_every": 50}},
+    "not_normalized": {"bridge": {"rank": "auto", "normalization": "none", "coefficient": 1.0}},
+    "lr_3e-3": {"bridge": {"rank": "auto"}, "learning_rate": 3e-3},
+    "lr_3e-4": {"bridge": {"rank": "auto"}, "learning_rate": 3e-4},
+    "upper_blocks": {"bridge": {"rank": "auto", "layers": [3, 4]}},
+    "last_block": {"bridge": {"rank": "auto", "layers": "last"}},
+}
+
+
+def recipe_tree(name: str, arm: Arm, seed: int) -> dict[str, Any]:
+    """The arm as a recipe; the bridge is one for each fit and seed."""
+    alignment = arm.get("alignment", "bytes")
+    bridge = arm.get("bridge", {})
+    fit = bridge.get("fit", {"limit": FIT_PROMPTS})
+    parts = ("normalization", "layers")
+    kind = "-".join([fit.get("method", "closed_form"), alignment, *(str(bridge[p]) for p in parts if p in bridge)])
+    objective = {
+        "type": "oprd_bridge",
+        "bridge": str(OUT / "bridges" / f"{kind}-{seed}.safetensors"),
+        "tokens": "all",
+        "fit": fit,
+    } | bridge
+    tree = {
+        "student": {"model": str(MODELS / "base")},
+        "teacher": {
+            "type": "local",
+            "model": str(MODELS / "wide_teacher"),
+            "dtype": "float32",
+            "alignment": alignment,
+        },
+        "data": {"prompts": str(OUT / "train.jsonl")},
+        "rollout": {"group_size": 2, "max_completion_length": 80},
+        "evaluation": evaluation_options(OUT / "held_out.jsonl"),
+        "output_dir": str(OUT / f"{name}-{seed}"),
+        "prompts_per_step": 32,
+        "max_steps": 200,
+        "learning_rate": arm.get("learning_rate", BRIDGE_LR),
+        "health_tokens": 128,
+        "save_steps": 50,
+        "save_total_limit": 1,
+        "seed": seed,
+        "resume_from_checkpoint": "latest",
+    }
+    if not bridge:
+        return tree | {"objective": OPD}
+    if not arm.get("opd"):
+        return tree | {"objective": objective}
+    del tree["max_steps"]
+    stages = [
+        {"objective": objective, "max_steps": 150, "learning_rate": BRIDGE_LR},
+        {"objective": OPD, "max_steps": 50},
+    ]
+    return tree | {"stages": stages}
+
+
+def run_arm(name: str, arm: Arm, seed: int) -> dict[str, Any]:
+    """Fit if there is no bridge yet, train, score; what is done already is read."""
+    tree = recipe_tree(name, arm, seed)
+    if arm.get("bridge"):
+        objective = tree["objective"] if "objective" in tree else tree["stages"][0]["objective"]
+        if not Path(objective["bridge"]).exists():
+            fit_bridge(parse_recipe(tree))
+    done = run_recipe(parse_recipe(tree))
+    metrics = read_jsonl(Path(tree["output_dir"]) / "metrics.jsonl")
+    paired = [row["teacher/paired/share"] for row in metrics if "teacher/paired/share" in row]
+    return {
+        "arm": name,
+        "seed": seed,
+        "learning_rate": tree["learning_rate"],
+        "seconds": done.result.seconds,
+        "paired_share": round(sum(paired) / len(paired), 3) if paired else None,
+        **scores(done.result.evaluations[0]),
+    }
+
+
+def score_model(name: str) -> dict[str, Any]:
+    out = OUT / f"score-{name}"
+    known = read_jsonl(out / "evaluations.jsonl")
+    options = evaluation_options(OUT / "held_out.jsonl")
+    evaluation = evaluation_from(known[0]) if known else evaluate_model(str(MODELS / name), options, out=out)[0]
+    return {"arm": name, "seed": None, **scores(evaluation)}
+
+
+def scores(evaluation: Evaluation) -> dict[str, float]:
+    keys = ("avg_at_k", "avg_at_k_low", "avg_at_k_high", "best_at_k", "distinct_4", "mean_length", "truncated_share")
+    return {key: round(dataclasses.asdict(evaluation)[key], 4) for key in keys}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="OPRD-Bridge across width, depth and tokenizer, on the miniature.")
+    parser.add_argument("arms", nargs="*", help="all unless given")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    OUT.mkdir(parents=True, exist_ok=True)
+    write_jsonl(OUT / "train.jsonl", sums(TRAINING_PROBLEMS, seed=1, held_out=False))
+    write_jsonl(OUT / "held_out.jsonl", sums(HELD_OUT_PROBLEMS, seed=2, held_out=True))
+    known = json.loads(RESULT.read_text())["rows"] if RESULT.is_file() else []
+    rows = {(row["arm"], row["seed"]): row for row in known}
+    for model in ("base", "wide_teacher"):
+        rows[model, None] = rows.get((model, None)) or score_model(model)
+    for seed in asked.seeds:
+        for name in asked.arms or ARMS:
+            if (name, seed) not in rows:
+                rows[name, seed] = run_arm(name, ARMS[name], seed)
+            RESULT.parent.mkdir(exist_ok=True)
+            RESULT.write_text(json.dumps({"rows": list(rows.values()), **describe_machine()}, indent=1) + "\n")
+            print(
+                {key: rows[name, seed][key] for key in ("arm", "seed", "avg_at_k", "best_at_k", "mean_length")},
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The fit end to end on real text: the miniature writes on real problems, SmolLM2-135M-Instruct reads what it wrote.
+
+    python scripts/export_smollm2.py runs/smollm2
+    python benchmarks/bridge_smollm2.py PROBLEMS.jsonl
+
+PROBLEMS.jsonl has a column `problem` or `prompt`; those that fit the miniature's context are used. Writes the held-out
+curves to benchmarks/results/bridge_smollm2.json and draws them in runs/bridge_smollm2/curves.html.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import plotly.graph_objects as go
+import torch
+
+from oprd.bridge.file import load_bridge
+from oprd.config import load_recipe
+from oprd.train.fit_bridge import fit_bridge
+from oprd.train.run_folder import describe_machine
+
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "runs" / "bridge_smollm2"
+RESULT = ROOT / "benchmarks" / "results" / "bridge_smollm2.json"
+LONGEST, COUNT = 160, 400
+
+
+def main(problems: Path) -> None:
+    torch.set_num_threads(1)
+    OUT.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in problems.read_text(encoding="utf-8").splitlines()]
+    texts = [str(row.get("problem") or row.get("prompt")) for row in rows]
+    short = [text for text in texts if len(text.encode()) <= LONGEST][:COUNT]
+    (OUT / "prompts.jsonl").write_text(
+        "".join(json.dumps({"problem": text}) + "\n" for text in short), encoding="utf-8"
+    )
+    recipe = load_recipe(ROOT / "recipes" / "bridge_smollm2.yaml")
+    start = time.perf_counter()
+    fitted = fit_bridge(recipe)
+    seconds = round(time.perf_counter() - start, 1)
+    curves = load_bridge(fitted.path).curves()
+    RESULT.parent.mkdir(exist_ok=True)
+    told = {"prompts": len(short), "seconds": seconds, "blocks": curves}
+    RESULT.write_text(json.dumps({"result": told, **describe_machine()}) + "\n")
+    figure = go.Figure()
+    for block, curve in curves.items():
+        name = f"block {block} to {curve['teacher_block']}"
+        figure.add_scatter(x=list(range(1, len(curve["cosine"]) + 1)), y=curve["cosine"], name=name)
+    figure.update_layout(xaxis={"title": "rank"}, yaxis={"title": "held-out mean cosine"})
+    figure.write_html(OUT / "curves.html")
+    print(f"{len(short)} prompts, {fitted.rows} rows, {seconds} s; automatic ranks {fitted.auto_ranks}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

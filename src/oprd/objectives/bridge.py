@@ -1,0 +1,193 @@
+"""OPRD-Bridge, arXiv 2606.06021: the OPRD loss between projections of the states of two models of any kind.
+
+    u = P_S (h_S - mean_S),  v = P_T (h_T - mean_T)  in R^r,    loss_t = mean over pairs of blocks of (1/r) ||u/|u| - sg(v/|v|)||^2
+
+with P_S, P_T and the means of a file that `oprd fit-bridge` wrote, at the sampled tokens themselves.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from oprd.bridge.blocks import partner
+from oprd.bridge.file import BridgeFile, Setting, check_setting, load_bridge
+from oprd.bridge.solve import Solution, auto_rank
+from oprd.config import BridgeConfig
+from oprd.errors import ConfigError
+from oprd.kernels.reference import hidden_mse, normalized_hidden_mse
+from oprd.objectives.base import Objective, token_selection
+from oprd.objectives.hidden import select_blocks
+from oprd.types import HiddenTargets, Reading, States
+
+
+@final
+class Bridge(Objective, nn.Module):
+    """Mean squared error between projected states. A module, so that its tensors move, train and are stored with the
+    student; the projections are buffers, or with `trainable` the student's are parameters."""
+
+    name = "oprd_bridge"
+    needs = HiddenTargets
+    uses_head = False
+    across_shapes = True
+    across_tokenizers = True
+
+    def __init__(self, config: BridgeConfig, *, blocks: int, vocabulary: int) -> None:
+        """Reads the file. Raises DataError without one, TeacherMismatch for one of another setting, ConfigError for a rank
+        that it does not hold."""
+        super().__init__()
+        self.config = config
+        self.file = load_bridge(Path(config.bridge))
+        self.tokens = token_selection(config.tokens, config.k)
+        self.reduction = config.reduction
+        self.coefficient = config.coefficient
+        self.pairs = bridge_pairs(config, blocks, self.file.teacher.blocks)
+        # what the teacher's config says is compared when the pair is checked
+        asked = bridge_setting(config, self.pairs, alignment=self.file.setting.alignment)
+        check_setting(config.bridge, self.file.setting, asked)
+        self.readings, self._teacher_readings = bridge_readings(config, self.pairs)
+        self.ranks = _ranks(config, self.file, [block for block, _ in self.pairs])
+        self._distance = normalized_hidden_mse if config.normalization == "l2" else hidden_mse
+        for (block, _), rank in zip(self.pairs, self.ranks, strict=True):
+            solution = self.file.solutions[block]
+            projection = solution.student_projection[:rank].clone()
+            if config.trainable:
+                self.register_parameter(f"student_{block}", nn.Parameter(projection))
+            else:
+                self.register_buffer(f"student_{block}", projection)
+            self.register_buffer(f"teacher_{block}", solution.teacher_projection[:rank].clone())
+            self.register_buffer(f"student_mean_{block}", solution.student_mean.clone())
+            self.register_buffer(f"teacher_mean_{block}", solution.teacher_mean.clone())
+
+    @property
+    def teacher_readings(self) -> tuple[Reading, ...]:
+        return self._teacher_readings
+
+    def per_token(self, student: States, teacher: HiddenTargets) -> Float[Tensor, " N"]:
+        distances = []
+        for (block, _), ours, theirs in zip(self.pairs, self.readings, self._teacher_readings, strict=True):
+            h_s = student.hidden[ours]
+            h_t = teacher.hidden[theirs].to(h_s.device)
+            distances.append(self._distance(self.project("student", block, h_s), self.project("teacher", block, h_t)))
+        return torch.stack(distances).mean(0)
+
+    def project(self, side: str, block: int, states: Float[Tensor, "N D"]) -> Float[Tensor, "N R"]:
+        """u or v of the given states of the pair of the student's `block`, in float32."""
+        with torch.autocast(states.device.type, enabled=False):
+            centred = states.float() - self.get_buffer(f"{side}_mean_{block}")
+            return centred @ getattr(self, f"{side}_{block}").T
+
+    def told(self) -> dict[str, Any]:
+        """For the run folder: the fit's held-out numbers by block, and the rank that is used."""
+        curves = self.file.curves()
+        return {
+            str(block): curves[str(block)] | {"rank": rank}
+            for (block, _), rank in zip(self.pairs, self.ranks, strict=True)
+        }
+
+    @torch.no_grad()
+    def refit(self, solutions: Mapping[int, Solution]) -> None:
+        """Take new projections, at the ranks there are."""
+        for (block, _), rank in zip(self.pairs, self.ranks, strict=True):
+            solution = solutions[block]
+            for name, value in (
+                (f"student_{block}", solution.student_projection[:rank]),
+                (f"teacher_{block}", solution.teacher_projection[:rank]),
+                (f"student_mean_{block}", solution.student_mean),
+                (f"teacher_mean_{block}", solution.teacher_mean),
+            ):
+                self.get_buffer(name).copy_(value)
+
+    def as_trained(self, tensors: Mapping[str, Tensor], student_weights: str) -> BridgeFile:
+        """A file of the projections as they are after training, for the student as it is. `tensors` are this module's,
+        whole; the held-out numbers stay those of the fit."""
+        solutions = {
+            block: replace(
+                self.file.solutions[block],
+                student_projection=tensors[f"student_{block}"],
+                teacher_projection=tensors[f"teacher_{block}"],
+                student_mean=tensors[f"student_mean_{block}"],
+                teacher_mean=tensors[f"teacher_mean_{block}"],
+            )
+            for block, _ in self.pairs
+        }
+        return replace(
+            self.file,
+            student=replace(self.file.student, weights=student_weights),
+            setting=replace(self.file.setting, blocks=self.pairs),
+            solutions=solutions,
+        )
+
+
+def bridge_pairs(config: BridgeConfig, student_blocks: int, teacher_blocks: int) -> tuple[tuple[int, int], ...]:
+    """(student's block, teacher's block) of each matched pair."""
+    chosen = select_blocks(config.layers, student_blocks)
+    return tuple((block, partner(block, student_blocks, teacher_blocks)) for block in chosen)
+
+
+def bridge_setting(config: BridgeConfig, pairs: tuple[tuple[int, int], ...], *, alignment: str) -> Setting:
+    """What a file fitted for this objective has to say."""
+    selection = token_selection(config.tokens, config.k)
+    return Setting(
+        blocks=pairs,
+        tokens=selection.keep,
+        k=selection.k,
+        normalization=config.normalization,
+        alignment=alignment,
+        method=config.fit.method,
+    )
+
+
+def bridge_readings(
+    config: BridgeConfig, pairs: tuple[tuple[int, int], ...]
+) -> tuple[tuple[Reading, ...], tuple[Reading, ...]]:
+    """What is read off the student and off the teacher, in the order of the pairs."""
+    tokens = token_selection(config.tokens, config.k)
+    student = tuple(Reading(block=block, at="completion", tokens=tokens) for block, _ in pairs)
+    return student, tuple(Reading(block=block, at="completion", tokens=tokens) for _, block in pairs)
+
+
+def check_rank(config: BridgeConfig, student_width: int, teacher_width: int) -> None:
+    """Raise ConfigError for a rank above the smaller width."""
+    smaller = min(student_width, teacher_width)
+    asked = config.rank if isinstance(config.rank, tuple) else (config.rank,)
+    for rank in asked:
+        if isinstance(rank, int) and rank > smaller:
+            raise ConfigError(
+                f"objective.rank is {rank}; the student's states have {student_width} dimensions, the teacher's "
+                f"{teacher_width}, so it is {smaller} at most"
+            )
+
+
+def _ranks(config: BridgeConfig, file: BridgeFile, blocks: list[int]) -> tuple[int, ...]:
+    """The rank of each pair."""
+    check_rank(config, file.student.width, file.teacher.width)
+    canonical = [file.solutions[block].canonical for block in blocks]
+    if config.rank == "full":
+        ranks = (min(file.student.width, file.teacher.width),) * len(blocks)
+    elif config.rank == "auto":
+        ranks = tuple(map(auto_rank, canonical))
+    elif config.rank == "auto_shared":
+        ranks = (auto_rank(torch.stack(canonical).mean(0)),) * len(blocks)
+    elif isinstance(config.rank, tuple):
+        ranks = config.rank
+    else:
+        ranks = (config.rank,) * len(blocks)
+    if len(ranks) != len(blocks):
+        raise ConfigError(f"objective.rank lists {len(ranks)} ranks; {len(blocks)} blocks are matched")
+    for block, rank in zip(blocks, ranks, strict=True):
+        if rank == 0:
+            raise ConfigError(
+                f"objective.rank: no direction of the student's block {block} has a held-out squared canonical correlation "
+                "of 1/2, so 'auto' leaves nothing of it. Give a rank, or leave the block out with objective.layers"
+            )
+        if rank > file.rank:
+            raise ConfigError(
+                f"objective.rank: block {block} is to have rank {rank}; {config.bridge} holds ranks up to {file.rank}. "
+                "Fit again with a larger fit.max_rank, or give a smaller rank"
+            )
+    return ranks

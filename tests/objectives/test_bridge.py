@@ -1,0 +1,351 @@
+"""OPRD-Bridge end to end: fit, refuse, train, resume, two stages."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from conftest import MODELS, load_miniature, miniature_recipe
+from oprd import models
+from oprd.bridge.file import load_bridge
+from oprd.config import BridgeConfig, parse_recipe
+from oprd.data.collate import collate_student
+from oprd.demo.task import sums, write_jsonl
+from oprd.errors import ConfigError, DataError, TeacherMismatch
+from oprd.models import read_states
+from oprd.objectives.bridge import Bridge
+from oprd.train import fit_bridge as fitting
+from oprd.train.build import build
+from oprd.train.fit_bridge import fit_bridge
+from oprd.train.run import run_recipe
+from oprd.types import HiddenTargets, States
+
+WIDE = {"type": "local", "model": str(MODELS / "wide_teacher"), "dtype": "float32"}
+OPD = {"type": "opd", "estimator": "sampled"}
+
+
+def bridge_recipe(folder: Path, prompts: Path, bridge: Path, objective: dict | None = None, **changes) -> dict:
+    config = {"type": "oprd_bridge", "bridge": str(bridge), "tokens": "all", "rank": 8} | (objective or {})
+    return miniature_recipe(folder, prompts, teacher=WIDE, objective=config, **changes)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("fit") / "prompts.jsonl"
+    write_jsonl(path, sums(40, seed=5, held_out=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def bridge(tmp_path_factory, prompts) -> Path:
+    path = tmp_path_factory.mktemp("fit") / "bridge.safetensors"
+    fit_bridge(parse_recipe(bridge_recipe(path.parent / "run", prompts, path)))
+    return path
+
+
+def test_the_file_holds_every_rank_and_its_held_out_numbers(bridge):
+    file = load_bridge(bridge)
+    assert file.setting.blocks == ((1, 1), (2, 3), (3, 4), (4, 6))
+    assert (file.student.width, file.teacher.width, file.rank) == (128, 192, 128)
+    for block, _ in file.setting.blocks:
+        solution, measured = file.solutions[block], file.measured[block]
+        assert solution.student_projection.shape == (128, 128)
+        assert solution.teacher_projection.shape == (128, 192)
+        eye = solution.teacher_projection @ solution.teacher_projection.T
+        assert_close(eye, torch.eye(128), atol=1e-5, rtol=0)
+        assert len(measured.cosine) == 128
+        assert measured.cosine[7] > 0.5
+        assert measured.held_out_rows < 0.2 * measured.rows
+
+
+def test_an_interrupted_fit_goes_on_and_gives_the_same_file(bridge, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(fitting, "SAVE_EVERY", 1)
+    path = tmp_path / "b.safetensors"
+    recipe = bridge_recipe(tmp_path / "run", prompts, path)
+    recipe["rollout"] |= {"max_sequences": 32}  # three batches
+    whole = tmp_path / "whole.safetensors"
+    fit_bridge(parse_recipe(recipe | {"objective": recipe["objective"] | {"bridge": str(whole)}}))
+    real, calls = fitting.Sums.save, []
+
+    def save_and_stop(self, path, key):
+        real(self, path, key)
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(fitting.Sums, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit_bridge(parse_recipe(recipe))
+    assert not path.exists()
+    with pytest.raises(DataError, match=r"b.safetensors.partial is an interrupted fit of other"):
+        fit_bridge(parse_recipe(recipe | {"seed": 1}))
+    monkeypatch.setattr(fitting.Sums, "save", real)
+    fit_bridge(parse_recipe(recipe))
+    assert path.read_bytes() == whole.read_bytes()
+    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+
+
+def test_a_fit_never_writes_over_a_file(bridge, prompts, tmp_path):
+    before = bridge.read_bytes()
+    with pytest.raises(ConfigError, match="is there already"):
+        fit_bridge(parse_recipe(bridge_recipe(tmp_path, prompts, bridge)))
+    assert bridge.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("objective", "error", "reason"),
+    [
+        ({"rank": 129}, ConfigError, "rank is 129; the student's states have 128 dimensions, the teacher's 192, so it is 128"),
+        ({"rank": [8, 8]}, ConfigError, "lists 2 ranks; 4 blocks are matched"),
+        ({"layers": [5]}, ConfigError, "block 5; the student has blocks 1 to 4"),
+        ({"normalization": "none"}, TeacherMismatch, "fitted with normalization 'l2', the recipe has 'none'"),
+        ({"tokens": "last_k", "k": 5}, TeacherMismatch, "fitted with tokens 'all', the recipe has 'last_k'"),
+        ({"fit": {"method": "gradient"}}, TeacherMismatch, "fitted with method 'closed_form', the recipe has 'gradient'"),
+        ({"bridge": "none.safetensors"}, DataError, "none.safetensors is not there; `oprd fit-bridge RECIPE` writes it"),
+        ({"bridge": str(MODELS / "base/model.safetensors")}, DataError, "was not written by `oprd fit-bridge`"),
+    ],
+)  # fmt: skip
+def test_a_file_that_does_not_fit_the_recipe_is_refused_before_loading(
+    objective, error, reason, bridge, prompts, tmp_path, monkeypatch
+):
+    def load(*args, **kwargs):
+        raise AssertionError("weights were loaded before the input was checked")
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(error, match=reason.replace("(", r"\(")):
+        build(parse_recipe(bridge_recipe(tmp_path / "run", prompts, bridge, objective)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_alignment_another_model_and_another_block_map_are_refused(bridge, prompts, tmp_path):
+    tree = bridge_recipe(tmp_path / "run", prompts, bridge)
+    with pytest.raises(TeacherMismatch, match="fitted with alignment 'bytes', the recipe has 'shared_ids'"):
+        build(parse_recipe(tree | {"teacher": WIDE | {"alignment": "shared_ids"}}))
+    with pytest.raises(TeacherMismatch, match="fitted for a teacher of 6 blocks of width 192"):
+        build(parse_recipe(tree | {"teacher": WIDE | {"model": str(MODELS / "teacher")}}))
+    file = load_bridge(bridge)
+    moved = tmp_path / "moved.safetensors"
+    replace(file, setting=replace(file.setting, blocks=((1, 1), (2, 2), (3, 4), (4, 6)))).save(moved)
+    with pytest.raises(TeacherMismatch, match=r"fitted for the blocks \(student, teacher\) \(1, 1\), \(2, 2\)"):
+        build(parse_recipe(bridge_recipe(tmp_path / "run", prompts, moved)))
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_a_file_for_other_weights_or_another_tokenizer_is_refused(which, bridge, prompts, tmp_path):
+    lm = load_miniature("base" if which == "student" else "wide_teacher")
+    folder = tmp_path / "other"
+    with torch.no_grad():
+        lm.model.model.layers[0].mlp.up_proj.weight[0, 0] += 0.5
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    tree = bridge_recipe(tmp_path / "run", prompts, bridge)
+    tree[which] = tree[which] | {"model": str(folder)}
+    with pytest.raises(TeacherMismatch, match=f"fitted for other weights of the {which}"):
+        build(parse_recipe(tree))
+    lm.tokenizer.chat_template += " "
+    lm.tokenizer.save_pretrained(folder)
+    with pytest.raises(TeacherMismatch, match=f"another tokenizer or chat template of the {which}"):
+        build(parse_recipe(tree))
+
+
+def test_fit_prompts_that_are_empty_or_too_few_are_refused(prompts, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "two.jsonl").write_text('{"problem": "1+2+3"}\n{"problem": "4+2+3"}\n')
+    for name, reason in (
+        ("empty", "the dataset is empty"),
+        ("two", "has 2 prompts, of which held_out=0.1 leaves none"),
+    ):
+        tree = bridge_recipe(tmp_path, prompts, tmp_path / "b", {"fit": {"prompts": str(tmp_path / f"{name}.jsonl")}})
+        with pytest.raises(DataError, match=reason):
+            fit_bridge(parse_recipe(tree))
+    tree["objective"]["fit"] |= {"held_out": 0.5}
+    with pytest.raises(DataError, match=r"block 1 of the student and 1 of the teacher: \d+ rows to fit and"):
+        fit_bridge(parse_recipe(tree))
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_loss_by_hand(bridge):
+    """Two tokens whose projections are chosen: parallel gives 0, opposite (1/r) |2|^2."""
+    objective = Bridge(BridgeConfig(bridge=str(bridge), tokens="all", rank=2, layers="last"), blocks=4, vocabulary=262)
+    with torch.no_grad():
+        for name, buffer in objective.named_buffers():
+            buffer.zero_()
+            if "mean" not in name:
+                buffer[0, 0] = buffer[1, 1] = 1.0
+    student = torch.zeros(2, 128, requires_grad=True)
+    with torch.no_grad():
+        student[:, 0] = 3.0
+    teacher = torch.zeros(2, 192)
+    teacher[0, 0], teacher[1, 0] = 5.0, -1.0
+    batch = collate_student(rollouts_of(load_miniature("base"), ["1"]), pad_id=0, device=torch.device("cpu"))
+    values = objective.per_token(
+        States(hidden={objective.readings[0]: student}, head=None, batch=batch),
+        HiddenTargets(hidden={objective.teacher_readings[0]: teacher}, head=None),
+    )
+    assert_close(values, torch.tensor([0.0, 2.0]))
+    values.sum().backward()
+    assert student.grad is not None
+
+
+def rollouts_of(lm, texts):
+    from oprd.types import Message, Prompt, Rollouts
+
+    prompt = Prompt(row=0, messages=(Message(role="user", content="1+2"),), token_ids=(1, 2))
+    ids = tuple(tuple(lm.tokenizer(text)["input_ids"]) for text in texts)
+    return Rollouts(prompts=(prompt,) * len(texts), completion_ids=ids, finished=(False,) * len(texts))
+
+
+def test_paired_positions_pack_the_same_text_on_both_sides(bridge, prompts, tmp_path):
+    """The state after 34 is read where either model has read exactly that."""
+    run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge)))
+    rollouts = run.teacher.prepare(rollouts_of(run.lm, ["12+34=46", "9"]))
+    assert rollouts.supervised(run.objectives[0].tokens) == (7, 1)
+    reading = run.objectives[0].teacher_readings[-1]
+    got = run.teacher.targets(rollouts, [reading], head=False).hidden[reading]
+    lm = load_miniature("wide_teacher")
+    prompt = lm.tokenizer("<|user|>1+2<|end|><|assistant|>")["input_ids"]
+    alone = lm.model(
+        input_ids=torch.tensor([[*prompt, *lm.tokenizer("12+34")["input_ids"]]]), output_hidden_states=True
+    )
+    assert_close(got[3], alone.hidden_states[-1][0, -1], atol=1e-4, rtol=1e-4)
+    share = run.teacher.tallies()[0]
+    assert (share.name, share.total, share.of) == ("teacher/paired/share", 8.0, 9.0)
+
+
+def test_without_a_pair_the_run_stops_with_the_reason(bridge, prompts, tmp_path):
+    from oprd.errors import TrainingStopped
+    from oprd.train.log import Clock
+    from oprd.train.loop import update_step
+
+    run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge)))
+    stray = run.lm.tokenizer("é")["input_ids"][1]  # a byte that begins no character
+    bad = replace(rollouts_of(run.lm, ["1", "2"]), completion_ids=((stray,), (stray, stray)))
+    with pytest.raises(TrainingStopped, match="no token of this step ends where one of the teacher's ends"):
+        update_step(run, run.teacher.prepare(bad), Clock(torch.device("cpu")))
+
+
+def test_frozen_projections_stay_trained_ones_move_and_are_written_beside_the_student(bridge, prompts, tmp_path):
+    for name, objective in (("frozen", {}), ("trainable", {"trainable": True}), ("refit", {"refit_every": 1})):
+        tree = bridge_recipe(tmp_path / name, prompts, bridge, objective, max_steps=2, lr_scheduler_type="constant")
+        run_recipe(parse_recipe(tree))
+        beside = tmp_path / name / "bridge.safetensors"
+        assert beside.exists() == (name != "frozen")
+        stored = models.AutoModelForCausalLM.from_pretrained(tmp_path / name / "student")  # nothing of the bridge in it
+        assert stored.config.hidden_size == 128
+        if name != "frozen":
+            before, after = load_bridge(bridge), load_bridge(beside)
+            moved = after.solutions[1].student_projection - before.solutions[1].student_projection[:8]
+            assert float(moved.abs().max()) > 1e-4
+            assert after.student.weights != before.student.weights
+            again = {"rank": 8, "bridge": str(beside)}
+            tree = bridge_recipe(tmp_path / f"{name}2", prompts, beside, again)
+            build(parse_recipe(tree | {"student": {"model": str(tmp_path / name / "student")}}))
+
+
+def test_the_kl_family_across_tokenizers_is_refused_but_for_sampled_reverse_kl(prompts, tmp_path):
+    for objective in ({"type": "opd"}, {"type": "opd", "divergence": "forward_kl", "estimator": "sampled"}):
+        with pytest.raises(TeacherMismatch, match="has another vocabulary"):
+            build(parse_recipe(miniature_recipe(tmp_path, prompts, teacher=WIDE, objective=objective)))
+    build(parse_recipe(miniature_recipe(tmp_path, prompts, teacher=WIDE, objective=OPD)))
+    shared = WIDE | {"alignment": "shared_ids"}
+    with pytest.raises(TeacherMismatch, match="mean nothing for the student's"):
+        build(parse_recipe(miniature_recipe(tmp_path, prompts, teacher=shared, objective=OPD)))
+
+
+def test_spans_have_each_models_own_log_probability(prompts, tmp_path):
+    """12+34: the span `34` is two tokens of the student and one of the teacher."""
+    run = build(parse_recipe(miniature_recipe(tmp_path, prompts, teacher=WIDE, objective=OPD)))
+    rollouts = run.teacher.prepare(rollouts_of(run.lm, ["12+34", "5"]))
+    objective = run.objectives[0]
+    targets = run.teacher.targets(rollouts, objective.teacher_readings, head=True)
+    batch = collate_student(rollouts, pad_id=0, device=run.lm.device)
+    states = read_states(run.lm, batch, objective.readings, head=True)
+    values = objective.per_token(states, targets)
+
+    def logprob(lm, prompt, text, piece) -> float:
+        before, own = (lm.tokenizer(x)["input_ids"] for x in (text, text + piece))
+        logits = lm.model(input_ids=torch.tensor([[*prompt, *own]])).logits.log_softmax(-1)[0].detach()
+        return sum(float(logits[len(prompt) + i - 1, own[i]]) for i in range(len(before), len(own)))
+
+    wide = load_miniature("wide_teacher")
+    prompt = wide.tokenizer("<|user|>1+2<|end|><|assistant|>")["input_ids"]
+    expected = [
+        logprob(run.lm, [1, 2], text, piece) - logprob(wide, prompt, text, piece)
+        for text, piece in (("", "1"), ("1", "2"), ("12", "+"), ("12+", "34"), ("", "5"))
+    ]
+    assert_close(values.detach(), torch.tensor(expected), atol=1e-3, rtol=1e-3)
+
+
+def test_two_stages_in_one_folder_resume_across_the_boundary(bridge, prompts, tmp_path):
+    objective = bridge_recipe(tmp_path, prompts, bridge)["objective"]
+    stages = [
+        {"objective": objective, "max_steps": 2},
+        {"objective": OPD, "max_steps": 2, "learning_rate": 1e-4},
+    ]
+    tree = miniature_recipe(tmp_path / "whole", prompts, teacher=WIDE, stages=stages, lr_scheduler_type="constant")
+    tree = {key: value for key, value in tree.items() if key not in ("objective", "max_steps")} | {"save_steps": 1}
+    run_recipe(parse_recipe(tree | {"save_total_limit": 4}))
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert ["train/oprd_bridge/mean" in row for row in rows] == [True, True, False, False]
+    assert [row["train/learning_rate"] for row in rows] == [1e-3, 1e-3, 1e-4, 1e-4]
+    assert all(row["teacher/paired/share"] > 0.5 for row in rows)
+    assert all("health/student_entropy/mean" in row and "health/top_16_overlap/mean" not in row for row in rows)
+    final = (tmp_path / "whole" / "student" / "model.safetensors").read_bytes()
+    for step in (1, 2, 3):
+        folder = tmp_path / "whole"
+        (folder / "result.json").unlink()
+        checkpoint = str(folder / "checkpoints" / f"step-{step:06d}")
+        run_recipe(parse_recipe(tree | {"save_total_limit": 4, "resume_from_checkpoint": checkpoint}))
+        assert (folder / "student" / "model.safetensors").read_bytes() == final, step
+
+
+def test_stages_replace_objective_and_steps(bridge, prompts, tmp_path):
+    tree = bridge_recipe(tmp_path, prompts, bridge, stages=[{"objective": OPD, "max_steps": 2}])
+    with pytest.raises(ConfigError, match="stages have their own objective and max_steps"):
+        parse_recipe(tree)
+
+
+def test_ids_that_the_teacher_has_no_row_for_are_refused(prompts, tmp_path):
+    """The wide teacher as the student of the base: its ids go beyond the base's 262 rows."""
+    tree = bridge_recipe(tmp_path, prompts, tmp_path / "b")
+    tree["student"] = {"model": str(MODELS / "wide_teacher")}
+    tree["teacher"] = WIDE | {"model": str(MODELS / "base"), "alignment": "shared_ids"}
+    with pytest.raises(TeacherMismatch, match=r"ids, which go up to \d+; its vocabulary has 262 rows"):
+        fit_bridge(parse_recipe(tree))
+
+
+def test_shared_ids_feed_the_teacher_the_students_tokens(prompts, tmp_path):
+    path = tmp_path / "b.safetensors"
+    tree = bridge_recipe(tmp_path / "run", prompts, path) | {"teacher": WIDE | {"alignment": "shared_ids"}}
+    fit_bridge(parse_recipe(tree))
+    run = build(parse_recipe(tree))
+    rollouts = run.teacher.prepare(rollouts_of(run.lm, ["12+34"]))
+    assert rollouts.answers is None
+    targets = run.teacher.targets(rollouts, run.teacher_readings, head=False)
+    assert targets.batch.input_ids.tolist() == [[1, 2, *rollouts.completion_ids[0]]]
+
+
+def test_few_paired_positions_warn_once(bridge, prompts, tmp_path, capfd):
+    run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge)))
+    stray = run.lm.tokenizer("é")["input_ids"][1]
+    one = run.lm.tokenizer("1")["input_ids"]
+    bad = replace(rollouts_of(run.lm, ["1"]), completion_ids=((*one, *[stray] * 9),))
+    run.teacher.prepare(bad)
+    run.teacher.prepare(bad)
+    assert capfd.readouterr().err.count("Only 10% of the tokens end where one of teacher") == 1
+
+
+def test_the_gradient_fit_writes_a_file_that_trains(prompts, tmp_path):
+    path = tmp_path / "b.safetensors"
+    tree = bridge_recipe(tmp_path / "run", prompts, path, {"fit": {"method": "gradient"}}, max_steps=1)
+    fit_bridge(parse_recipe(tree))
+    file = load_bridge(path)
+    assert file.setting.method == "gradient"
+    assert float(file.solutions[1].student_mean.abs().max()) == 0.0  # no bias [code]
+    run_recipe(parse_recipe(tree))
+    told = json.loads((tmp_path / "run" / "bridge.json").read_text())
+    assert [told[block]["rank"] for block in "1234"] == [8, 8, 8, 8]
