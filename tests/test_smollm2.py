@@ -111,7 +111,7 @@ def test_a_quantized_teacher_answers_nearly_as_the_whole_one(
     run = build(parse_recipe(tree(smollm2, dapo, tmp_path / "run", teacher=teacher)))
     rollouts = Rollouts(prompts=run.prompts[:2], completion_ids=fixed, finished=(False, False))
     *_, reading = run.readings
-    assert layer in {type(module).__name__ for module in run.teacher._lm.model.modules()}
+    assert layer in {type(module).__name__ for module in run.teacher.lm.model.modules()}
     answer = run.teacher.targets(rollouts, [reading], head=False).hidden[reading].float()
     whole = run.read(
         collate([p.token_ids for p in rollouts.prompts], fixed, pad_id=0, device=answer.device), [reading], False

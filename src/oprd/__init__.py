@@ -1,5 +1,7 @@
 """oprd: on-policy distillation for people who ship models."""
 
+from oprd.config import BridgeConfig as Bridge
+from oprd.config import BridgeFitConfig as BridgeFit
 from oprd.config import (
     DataConfig,
     EvaluationConfig,
@@ -16,8 +18,11 @@ from oprd.config import MixtureConfig as Mixture
 from oprd.config import OutputKLConfig as OutputKL
 from oprd.config import SelfTeacherConfig as SelfTeacher
 from oprd.config import SeveralTeachersConfig as SeveralTeachers
+from oprd.config import StageConfig as Stage
 
 __all__ = [
+    "Bridge",
+    "BridgeFit",
     "DataConfig",
     "EffOPD",
     "EvaluationConfig",
@@ -30,6 +35,7 @@ __all__ = [
     "RolloutConfig",
     "SelfTeacher",
     "SeveralTeachers",
+    "Stage",
     "StudentConfig",
     "distill",
     "load_recipe",

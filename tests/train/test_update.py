@@ -12,11 +12,12 @@ import yaml
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from conftest import miniature_recipe
+from conftest import MODELS, miniature_recipe
 from oprd.config import parse_recipe
 from oprd.data.collate import split_by_tokens
 from oprd.errors import TrainingStopped
 from oprd.train.build import build
+from oprd.train.fit_bridge import fit_bridge
 from oprd.train.log import Clock
 from oprd.train.loop import train, update_step
 from oprd.types import Rollouts
@@ -114,7 +115,7 @@ def test_a_step_without_a_supervised_token_stops_with_the_reason(tmp_path, train
 def test_non_finite_steps_are_skipped_and_counted_and_stop_the_run(tmp_path, train_file):
     tree = miniature_recipe(tmp_path / "run", train_file, max_skipped_steps=2, health_tokens=0)
     run = build(parse_recipe(tree))
-    teacher = run.teacher._lm.model
+    teacher = run.teacher.lm.model
     with torch.no_grad():
         teacher.model.layers[2].mlp.down_proj.weight[0, 0] = torch.inf
     before = {name: value.clone() for name, value in run.lm.model.state_dict().items()}
@@ -234,3 +235,34 @@ def test_two_processes_sample_evaluate_and_resume(how, tmp_path, train_file, hel
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     assert (tmp_path / "run" / "student" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_a_bridge_that_trains_gives_the_weights_of_one_process(how, given_completions, tmp_path):
+    """Projections are part of what is wrapped; under DDP a second stage wraps anew."""
+
+    def tree(name: str) -> dict[str, object]:
+        objective = {"type": "oprd_bridge", "bridge": str(tmp_path / "b.safetensors"), "tokens": "all", "rank": 4}
+        objective |= {"trainable": True, "fit": {"held_out": 0.25}}
+        options = {"rollout": {"lambda_on_policy": 0.0, "max_completion_length": 48}, "adam_epsilon": 1e-4}
+        wide = {"type": "local", "model": str(MODELS / "wide_teacher"), "dtype": "float32"}
+        made = miniature_recipe(tmp_path / name, given_completions, teacher=wide, objective=objective, **options)
+        made |= {"prompts_per_step": 8, "micro_batch_tokens": 60, "max_steps": 2, "lr_scheduler_type": "constant"}
+        if how == "ddp":
+            last = objective | {"layers": "last", "trainable": False}
+            made["stages"] = [{"objective": o, "max_steps": 1} for o in (objective, last)]
+            del made["objective"], made["max_steps"]
+        return made
+
+    fit_bridge(parse_recipe(tree("fit")))
+    train(build(parse_recipe(tree("one"))))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree("two")))
+    launch(tmp_path / "recipe.yaml", how)
+    ours, theirs = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("two", "one"))
+    assert_same_weights(theirs, ours)
+    if how == "fsdp2":
+        one, two = (load_file(tmp_path / name / "bridge.safetensors") for name in ("one", "two"))
+        assert_same_weights(one, two)
+        start = load_file(tmp_path / "b.safetensors")["block_01.student_projection"][:4]
+        assert float((one["block_01.student_projection"] - start).abs().max()) > 1e-4

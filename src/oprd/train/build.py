@@ -205,6 +205,10 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
             "stages wrap the student anew for each objective, which FSDP cannot undo; run the second stage from the first "
             "one's student, or use DDP"
         )
+    if sharded and any(bridge.config.refit_every is not None for bridge in _bridges(checked.stages)):
+        raise ConfigError(
+            "refit_every reads another number of micro-batches on each process, which FSDP waits for forever"
+        )
     frozen = None
     if not is_peft(student) and any(isinstance(m, SelfTeacherConfig) for m in _members(recipe.teacher).values()):
         frozen = frozen_copy(student).to(accelerator.device)
