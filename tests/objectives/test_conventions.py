@@ -100,12 +100,12 @@ def test_reading_agrees_with_hugging_faces_hidden_states(base):
     [("all", (1, 2, 3, 4, 5)), ("last", (5,)), ("even", (2, 4)), ("odd", (1, 3, 5)), ((4, 2), (2, 4))],
 )
 def test_blocks_are_counted_from_one(layers, expected):
-    assert select_blocks(HiddenMSEConfig(layers=layers), 5) == expected
+    assert select_blocks(layers, 5) == expected
 
 
 def test_a_block_that_the_student_does_not_have_is_refused():
     with pytest.raises(ConfigError, match="block 6; the student has blocks 1 to 5"):
-        select_blocks(HiddenMSEConfig(layers=(2, 6)), 5)
+        select_blocks((2, 6), 5)
 
 
 def test_a_top_k_beyond_the_vocabulary_is_refused():
