@@ -384,6 +384,15 @@ def _check_validation(recipe: Recipe, prompts: tuple[Prompt, ...]) -> None:
             f"extrapolation.validation_prompts is {config.validation_prompts}, the dataset has {len(prompts)} prompts; "
             "lower it"
         )
+    talks = any(
+        member is not leaf(member) or isinstance(member, ServerTeacherConfig)
+        for member in members(recipe.teacher).values()
+    )
+    if config.score == "objective" and (talks or omni_term(recipe) is not None):
+        raise ConfigError(
+            "extrapolation.score 'objective' would ask a teacher that talks again for every candidate, and its losses do not "
+            "compare weights; set extrapolation.score=accuracy"
+        )
     chosen = validation_prompts(config, prompts, recipe.seed)
     bare = next((prompt for prompt in chosen if prompt.answer is None), None)
     if config.score == "accuracy" and bare is not None:
