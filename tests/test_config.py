@@ -67,8 +67,8 @@ def test_a_wrong_type_is_refused_and_not_converted():
 def test_an_unknown_variant_lists_the_known_ones():
     message = told(objective={"type": "oprdd"})
     assert (
-        message
-        == "objective.type: unknown type 'oprdd' (did you mean 'oprd'?); allowed: 'oprd', 'opd', 'oprd_bridge', 'mixture'"
+        message == "objective.type: unknown type 'oprdd' (did you mean 'oprd'?); "
+        "allowed: 'oprd', 'opd', 'oprd_bridge', 'omni_opd', 'nll', 'mixture'"
     )
 
 

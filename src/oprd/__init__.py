@@ -15,8 +15,13 @@ from oprd.config import EffOPDConfig as EffOPD
 from oprd.config import HiddenMSEConfig as HiddenMSE
 from oprd.config import LocalTeacherConfig as LocalTeacher
 from oprd.config import MixtureConfig as Mixture
+from oprd.config import OmniOPDConfig as OmniOPD
 from oprd.config import OutputKLConfig as OutputKL
+from oprd.config import RewritingTeacherConfig as RewritingTeacher
+from oprd.config import RewrittenConfig as RewrittenNLL
 from oprd.config import SelfTeacherConfig as SelfTeacher
+from oprd.config import SequenceTeacherConfig as SequenceTeacher
+from oprd.config import ServerTeacherConfig as ServerTeacher
 from oprd.config import SeveralTeachersConfig as SeveralTeachers
 from oprd.config import StageConfig as Stage
 
@@ -30,10 +35,15 @@ __all__ = [
     "LocalTeacher",
     "LoraConfig",
     "Mixture",
+    "OmniOPD",
     "OutputKL",
     "Recipe",
+    "RewritingTeacher",
+    "RewrittenNLL",
     "RolloutConfig",
     "SelfTeacher",
+    "SequenceTeacher",
+    "ServerTeacher",
     "SeveralTeachers",
     "Stage",
     "StudentConfig",

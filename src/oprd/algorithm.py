@@ -11,7 +11,7 @@ from oprd.models import LanguageModel, read_states
 from oprd.objectives.base import Objective
 from oprd.rollout.base import RolloutEngine, Sampling
 from oprd.teacher.base import Teacher
-from oprd.types import MicroBatch, PromptBatch, Reading, Rollouts, States, TeacherTargets
+from oprd.types import MicroBatch, PromptBatch, Reading, Rollouts, States, TeacherTargets, targets_for
 
 
 def collect(
@@ -43,7 +43,9 @@ class DistillModel(nn.Module):
     def forward(self, batch: MicroBatch, targets: TeacherTargets) -> tuple[Float[Tensor, " N"], ...]:
         """One value per supervised token and objective. Gradient flows to the student."""
         states = read_states(self.lm, batch, self.readings, head=self.uses_head)
-        return tuple(objective.per_token(states, targets) for objective in self.objectives)
+        return tuple(
+            objective.per_token(states, targets_for(objective.needs, targets)) for objective in self.objectives
+        )
 
     @torch.no_grad()
     def read(self, batch: MicroBatch, readings: Iterable[Reading], head: bool, then: Callable[[States], Any]) -> Any:

@@ -6,7 +6,9 @@ Pure data: importing this module loads no model library, so a bad recipe fails i
 import dataclasses
 import difflib
 import json
+import re
 import typing
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -20,6 +22,7 @@ from oprd.errors import ConfigError
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
+Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 DType = Literal["float32", "bfloat16", "float16"]
 _PYDANTIC = {"extra": "forbid", "strict": True}
 
@@ -96,7 +99,116 @@ class SelfTeacherConfig:
             )
 
 
-OneTeacherConfig = Annotated[LocalTeacherConfig | SelfTeacherConfig, Discriminator("type")]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerTeacherConfig:
+    """A model behind an OpenAI-compatible endpoint. It gives text, and where the server can, log-probabilities."""
+
+    __pydantic_config__ = _PYDANTIC
+    type: Literal["server"] = "server"
+    base_url: str
+    """`http://localhost:8000/v1`."""
+    model: str
+    """The name the server knows it by."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key; the key itself is written nowhere."""
+    tokenizer: str | None = None
+    """Folder or Hub name of the server's tokenizer: for `continuation: completions`, and for log-probabilities."""
+    system_prompt: str | None = None
+    prompt_template: str | None = None
+    continuation: Literal["completions", "continue_final_message", "prefill"] = "completions"
+    """How an answer that was begun is continued: the rendered prompt on the raw endpoint, vLLM's flag on the chat
+    endpoint, or a last assistant message that the provider takes as the beginning."""
+    many_samples: bool = True
+    """Whether one request can ask for several samples (`n`); false sends one request per sample."""
+    logprobs: Literal["prompt_logprobs", "echo"] = "prompt_logprobs"
+    """How log-probabilities of given tokens are asked for: vLLM's option, or `echo` with `logprobs`."""
+    concurrency: Positive = 32
+    """Requests under way at once, on one process."""
+    request_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    step_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    max_retries: NotNegative = 6
+    """Of one request, with pauses of 0.5 s that double, or as long as the server's Retry-After says."""
+    max_lost_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Above this share of lost requests in a step the run stops instead of going on without them."""
+    price_per_million_prompt_tokens: Price = 0.0
+    price_per_million_completion_tokens: Price = 0.0
+    max_requests: Positive | None = None
+    """Budgets of the run over all its starts and processes; it stops with a checkpoint before passing one."""
+    max_tokens: Positive | None = None
+    """Prompt and completion tokens."""
+    max_cost: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """In the currency of the prices."""
+    cache: str | None = None
+    """SQLite file of all answers, so that none is paid twice; `teacher_cache.sqlite` in the run folder unless given."""
+
+    def __post_init__(self) -> None:
+        address = urllib.parse.urlsplit(self.base_url)
+        if address.scheme not in {"http", "https"} or not address.hostname or "@" in address.netloc:
+            raise ConfigError("base_url must look like http://host:port/v1, without a password in it")
+        if self.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
+            # the value is not repeated: it may be the key itself
+            raise ConfigError("api_key_env must be the name of an environment variable, such as OPENAI_API_KEY")
+        if self.continuation == "completions" and self.tokenizer is None:
+            raise ConfigError(
+                "continuation 'completions' renders the prompt here: give `tokenizer`, the folder or Hub name of the "
+                "server's tokenizer, or use 'continue_final_message' or 'prefill'"
+            )
+        prices = self.price_per_million_prompt_tokens + self.price_per_million_completion_tokens
+        if self.max_cost is not None and not prices:
+            raise ConfigError("max_cost needs price_per_million_prompt_tokens and price_per_million_completion_tokens")
+
+
+SERVER_MAY_CHANGE = (
+    "base_url", "api_key_env", "concurrency", "request_timeout_s", "step_timeout_s", "max_retries", "max_lost_share",
+    "price_per_million_prompt_tokens", "price_per_million_completion_tokens", "max_requests", "max_tokens", "max_cost",
+    "cache",
+)  # fmt: skip
+"""Keys of a server teacher that may differ on resume: none of them changes an answer."""
+
+WritingTeacherConfig = Annotated[LocalTeacherConfig | SelfTeacherConfig | ServerTeacherConfig, Discriminator("type")]
+
+REWRITE_PROMPT = (
+    "Problem:\n{prompt}\n\nA solution by a student:\n{completion}\n\nRewrite this solution concisely. Keep the student's "
+    "approach and final answer, even if it is wrong, and keep the form in which the answer is given. Leave out "
+    "repetitions, detours and checks. Write only the rewritten solution."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewritingTeacherConfig:
+    """MPD: the teacher rewrites the student's completion, and the student learns on the rewritten one.
+
+    A rewriting is kept if it is not empty, finished, shorter and ends in the same final answer. Otherwise the student
+    learns on its own completion if the teacher is local, and not at all on this one if the teacher gives text only.
+    """
+
+    __pydantic_config__ = _PYDANTIC
+    type: Literal["rewrite"] = "rewrite"
+    teacher: WritingTeacherConfig
+    rewrite_prompt: str = REWRITE_PROMPT
+    """The user message; `{prompt}`, `{completion}` and the dataset's columns are filled in. Ours: none was published."""
+    sampling_temperature: Annotated[float, Field(ge=0, le=10)] = 0.7
+    """0 is greedy. Ours."""
+
+    def __post_init__(self) -> None:
+        if "{completion}" not in self.rewrite_prompt:
+            raise ConfigError("rewrite_prompt must contain {completion}, the text to rewrite")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceTeacherConfig:
+    """Sequence distillation: the student learns on the teacher's own completions, the off-policy baseline."""
+
+    __pydantic_config__ = _PYDANTIC
+    type: Literal["sequence"] = "sequence"
+    teacher: WritingTeacherConfig
+    sampling_temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
+
+
+OneTeacherConfig = Annotated[
+    LocalTeacherConfig | SelfTeacherConfig | ServerTeacherConfig | RewritingTeacherConfig | SequenceTeacherConfig,
+    Discriminator("type"),
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +224,15 @@ class SeveralTeachersConfig:
             raise ConfigError("teachers is empty; give at least one `name: {type: ...}`")
 
 
-TeacherConfig = Annotated[LocalTeacherConfig | SelfTeacherConfig | SeveralTeachersConfig, Discriminator("type")]
+TeacherConfig = Annotated[
+    LocalTeacherConfig
+    | SelfTeacherConfig
+    | ServerTeacherConfig
+    | RewritingTeacherConfig
+    | SequenceTeacherConfig
+    | SeveralTeachersConfig,
+    Discriminator("type"),
+]
 
 Tokens = Literal["all", "first_k", "last_k", "last"]
 Layers = Literal["all", "last", "even", "odd"] | tuple[Positive, ...]
@@ -171,6 +291,9 @@ class OutputKLConfig:
     """Divides both models' logits in the loss. Not the sampling temperature; no factor is put back."""
     importance_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     """With estimator sampled and rollout.updates_per_rollout above 1: largest importance weight; 2 unless given [ours]."""
+    redraw: bool = False
+    """With estimator sampled: draw the token anew from the student at every position instead of taking the trajectory's.
+    Unbiased given the prefix on any trajectory, such as one that a teacher wrote [ours]."""
     tokens: Tokens = "all"
     k: Positive | None = None
     reduction: Reduction = "token_mean"
@@ -186,6 +309,8 @@ class OutputKLConfig:
             raise ConfigError(
                 f"importance_clip has no meaning with estimator={self.estimator!r}: it needs no importance weights; drop it"
             )
+        if self.redraw and self.estimator != "sampled":
+            raise ConfigError(f"redraw has no meaning with estimator={self.estimator!r}; drop it")
         if self.estimator == "sampled" and self.kl_temperature != 1.0:
             raise ConfigError(
                 "estimator 'sampled' is unbiased only at kl_temperature 1, where the tokens were sampled; "
@@ -245,7 +370,51 @@ class BridgeConfig:
             raise ConfigError(f"rank lists {len(self.rank)} ranks for {len(self.layers)} layers; give one for each")
 
 
-SingleObjective = HiddenMSEConfig | OutputKLConfig | BridgeConfig
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OmniOPDConfig:
+    """OmniOPD: the teacher continues what the student wrote, and chunks it would have written too are reinforced."""
+
+    __pydantic_config__ = _PYDANTIC
+    type: Literal["omni_opd"] = "omni_opd"
+    audit: Literal["entropy", "random"] = "entropy"
+    """Where chunks begin: at the student's tokens of highest entropy [second-hand], or anywhere."""
+    chunks: Positive = 10
+    """At most so many in a completion: M."""
+    chunk_tokens: Positive = 50
+    """C."""
+    continuations: Positive = 10
+    """The teacher's, of each audited prefix: N."""
+    teacher_temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
+    """Ours: not published."""
+    similarity: Literal["edit", "embedding"] = "edit"
+    """1 - Levenshtein / longer length, over characters, or the cosine of sentence embeddings cut to [0, 1]."""
+    embedding_model: str | None = None
+    """Folder or Hub name of the sentence-embedding model."""
+    prior: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Weight of the student's own probability in the target, in continuations: alpha."""
+    anchor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    """Coefficient of KL(student at start || student) outside the audited chunks: beta."""
+    baseline: Literal["none", "batch_mean", "leave_one_out"] = "none"
+    """Subtracted from the targets: nothing (as published), their mean over the step, or their mean over the prompt's
+    other completions [ours]. Without one the loss only ever reinforces."""
+    coefficient: Coefficient = 1.0
+
+    def __post_init__(self) -> None:
+        if (self.embedding_model is None) != (self.similarity == "edit"):
+            raise ConfigError("give embedding_model with similarity 'embedding', and only then")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewrittenConfig:
+    """Negative log-likelihood of the teacher's text, for a teacher that rewrites or writes the completions itself."""
+
+    __pydantic_config__ = _PYDANTIC
+    type: Literal["nll"] = "nll"
+    reduction: Reduction = "token_mean"
+    coefficient: Coefficient = 1.0
+
+
+SingleObjective = HiddenMSEConfig | OutputKLConfig | BridgeConfig | OmniOPDConfig | RewrittenConfig
 OneObjectiveConfig = Annotated[SingleObjective, Discriminator("type")]
 
 
@@ -486,10 +655,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.stages and (self.objective != HiddenMSEConfig() or self.max_steps != 500):
             raise ConfigError("stages have their own objective and max_steps; drop those of the recipe")
+        _check_audits([objective_terms(stage.objective) for stage in self.schedule()])
         for stage in self.schedule():
             for term in objective_terms(stage.objective):
-                if isinstance(term, OutputKLConfig) and term.estimator == "sampled":
+                if isinstance(term, OutputKLConfig) and term.estimator == "sampled" and not term.redraw:
                     _check_sampled(self.rollout)
+                    _check_student_writes(self.teacher)
                     if term.importance_clip is not None and self.rollout.updates_per_rollout == 1:
                         raise ConfigError(
                             "importance_clip has no meaning with rollout.updates_per_rollout=1: no rollout is stale; drop it"
@@ -521,6 +692,26 @@ def _check_sampled(rollout: RolloutConfig) -> None:
                 f"estimator 'sampled' needs tokens sampled from the student's own distribution; rollout.{name} is "
                 f"{value}. Set it to 1, or use estimator 'full' or 'top_k'"
             )
+
+
+def _check_audits(stages: Sequence[Sequence[SingleObjective]]) -> None:
+    """A completion is audited once, by one teacher for the whole run."""
+    audits = [[term for term in terms if isinstance(term, OmniOPDConfig)] for terms in stages]
+    if any(len(terms) > 1 for terms in audits) or any(terms != audits[0] for terms in audits):
+        raise ConfigError(
+            "a mixture can have one term 'omni_opd', and of several stages all must have the same or none; run the stages "
+            "one after the other"
+        )
+
+
+def _check_student_writes(teacher: TeacherConfig) -> None:
+    members = teacher.teachers.values() if isinstance(teacher, SeveralTeachersConfig) else (teacher,)
+    other = next((m for m in members if isinstance(m, RewritingTeacherConfig | SequenceTeacherConfig)), None)
+    if other is not None:
+        raise ConfigError(
+            f"estimator 'sampled' needs tokens sampled from the student, and under teacher {other.type!r} the teacher "
+            "writes them: the gradient would be biased. Set redraw: true, or use estimator 'full' or 'top_k'"
+        )
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

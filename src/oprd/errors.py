@@ -21,6 +21,10 @@ class TeacherMismatch(OprdError):
     """The teacher does not provide what the objective needs, or does not fit the student."""
 
 
+class ServerError(OprdError):
+    """A teacher's server cannot be used, or its budget is used up. What was answered before is in the cache."""
+
+
 class RunFolderError(OprdError):
     """The output folder, or a checkpoint in it, cannot be used."""
 

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -93,7 +93,52 @@ class Places:
         return range(bisect_left(self.selected, start), bisect_left(self.selected, stop))
 
 
-Answer = Pairing
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedLogprobs:
+    """A server's log-probabilities on one completion of T tokens."""
+
+    sampled: Float[Tensor, " T"]
+    """Of the tokens themselves, in nats, at temperature 1."""
+    top_ids: Int[Tensor, "T K"]
+    top_logprobs: Float[Tensor, "T K"]
+    """The K most probable tokens of each position; K may be 0."""
+
+    def __post_init__(self) -> None:
+        assert len(self.sampled) == len(self.top_ids) == len(self.top_logprobs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkScores:
+    """OmniOPD's audit of one completion: its chunks and how much each is to be reinforced."""
+
+    starts: tuple[int, ...]
+    """First token of each chunk, increasing; chunks do not overlap."""
+    length: int
+    """Tokens of every chunk."""
+    scores: tuple[float, ...]
+    """Target of each chunk less the baseline."""
+    under: "Answer | None" = None
+    """What the audited teacher attached itself, for the other terms of a mixture."""
+
+    def __post_init__(self) -> None:
+        assert len(self.starts) == len(self.scores), (len(self.starts), len(self.scores))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lost:
+    """The teacher has no answer on this completion; nothing is learned on it."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotRewritten:
+    """The teacher's text could not be used, and the student's own completion stands in its place."""
+
+    reason: str
+
+
+Answer = Pairing | ServedLogprobs | ChunkScores | Lost | NotRewritten
 """Closed union of what a teacher attaches to a completion in `prepare`."""
 
 
@@ -106,8 +151,8 @@ class Rollouts:
     """Sampled token ids, the stop token included. May be empty for a completion."""
     finished: tuple[bool, ...]
     """False: cut at the length limit; no end-of-text is invented."""
-    answers: tuple[Answer, ...] | None = None
-    """What the teacher attached to each completion in `prepare`; None when it needs nothing there."""
+    answers: tuple[Answer | None, ...] | None = None
+    """What the teacher attached to each completion in `prepare`; None where it needs nothing there."""
     logprobs: tuple[tuple[float, ...], ...] | None = None
     """Of each sampled token under the student that wrote it, in nats; given when several updates use these rollouts."""
 
@@ -137,28 +182,33 @@ class Rollouts:
 
     def supervised(self, tokens: "TokenSelection") -> tuple[int, ...]:
         """Supervised tokens of each completion: the selected ones, and of these the paired ones where there are pairs."""
-        if self.pairings is None:
-            return tuple(tokens.count(length) for length in self.lengths)
         return tuple(
-            len(pairing.own(length).within(tokens)) for pairing, length in zip(self.pairings, self.lengths, strict=True)
+            len(answer.own(length).within(tokens)) if isinstance(answer, Pairing) else tokens.count(length)
+            for answer, length in zip(self.answers or (None,) * len(self), self.lengths, strict=True)
         )
 
     @property
     def pairings(self) -> tuple[Pairing, ...] | None:
         """The answers when they are pairings, as a local teacher with another tokenizer attaches them."""
-        return self.answers
+        found = tuple(answer for answer in self.answers or () if isinstance(answer, Pairing))
+        return found if found and len(found) == len(self) else None
+
+    @property
+    def answered(self) -> tuple[bool, ...]:
+        """False for a completion on which the teacher's answer was lost: it has no weight."""
+        under = [answer.under if isinstance(answer, ChunkScores) else answer for answer in self.answers or ()]
+        return tuple(not isinstance(answer, Lost) for answer in under) or (True,) * len(self)
 
 
 def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
-    """The rollouts of all parts behind each other. Parts with and without answers do not mix."""
-    answered = [part.answers is not None for part in parts if len(part)]
-    assert len(set(answered)) <= 1, answered
+    """The rollouts of all parts behind each other."""
+    answered = any(part.answers is not None for part in parts)
     with_logprobs = bool(parts) and all(part.logprobs is not None for part in parts)
     return Rollouts(
         prompts=tuple(prompt for part in parts for prompt in part.prompts),
         completion_ids=tuple(ids for part in parts for ids in part.completion_ids),
         finished=tuple(done for part in parts for done in part.finished),
-        answers=tuple(answer for part in parts for answer in part.answers or ()) if any(answered) else None,
+        answers=tuple(a for part in parts for a in part.answers or [None] * len(part)) if answered else None,
         logprobs=tuple(row for part in parts for row in part.logprobs or ()) if with_logprobs else None,
     )
 
@@ -335,5 +385,52 @@ class HiddenTargets:
     """The tokens as the teacher read them, which may be other ones than the student's."""
 
 
-TeacherTargets = HiddenTargets
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledTargets:
+    """What a teacher says about the tokens of the completions. N counts all of them, whatever an objective selects."""
+
+    logprobs: Float[Tensor, " N"]
+    """Teacher log-probability of each token, in nats, at temperature 1; 0 where the answer was lost."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopKTargets:
+    """A teacher's most probable tokens at every position of the completions, N as in SampledTargets."""
+
+    ids: Int[Tensor, "N K"]
+    logprobs: Float[Tensor, "N K"]
+    """In nats, at temperature 1, over the whole vocabulary."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkTargets:
+    """OmniOPD: how much each token is to be reinforced, and the student as it was."""
+
+    audited: Bool[Tensor, " N"]
+    scores: Float[Tensor, " N"]
+    """0 outside the audited chunks."""
+    start: HiddenTargets | None
+    """States of the student before training, for the anchor; None when its coefficient is 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextTargets:
+    """The teacher said everything by writing the completions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JointTargets:
+    """Answers of several kinds, for the terms of a mixture."""
+
+    parts: "tuple[TeacherTargets, ...]"
+
+
+TeacherTargets = HiddenTargets | SampledTargets | TopKTargets | ChunkTargets | TextTargets | JointTargets
 """Closed union of what teachers answer."""
+
+
+def targets_for(needs: Any, targets: TeacherTargets) -> TeacherTargets:
+    """The part of the answer that an objective needs: `needs` is a target type or a union of them."""
+    if not isinstance(targets, JointTargets):
+        return targets
+    return next(part for part in targets.parts if isinstance(part, needs))

@@ -24,7 +24,7 @@ from oprd.data.collate import collate_student, split_by_tokens
 from oprd.errors import DataError
 from oprd.models import LanguageModel
 from oprd.teacher.base import Teacher
-from oprd.types import Prompt, Reading, Rollouts, States
+from oprd.types import HiddenTargets, Prompt, Reading, Rollouts, States
 
 HELD_OUT_COMPLETIONS = 512
 """So many are read again for the cosine: some thousands of rows, more than it needs."""
@@ -65,6 +65,7 @@ class Both:
         self.lm.model.eval()
         for micro in split_by_tokens(rollouts, self.micro_batch_tokens):
             targets = self.teacher.targets(micro, teacher, head=False)
+            assert isinstance(targets, HiddenTargets)
             batch = collate_student(micro, pad_id=self.lm.pad_id, device=self.lm.device)
             states = self.read(batch, student, head=False)
             yield (

@@ -54,6 +54,11 @@ def split_by_tokens(rollouts: Rollouts, budget: int) -> list[Rollouts]:
 
     A single completion over the budget goes alone. Empty completions go along: their weight is zero.
     """
+    return [rollouts.take(rows) for rows in rows_by_tokens(rollouts, budget)]
+
+
+def rows_by_tokens(rollouts: Rollouts, budget: int) -> list[list[int]]:
+    """Which rollouts make up each of `split_by_tokens`' micro-batches."""
 
     def size(i: int) -> int:
         return len(rollouts.prompts[i].token_ids) + len(rollouts.completion_ids[i])
@@ -67,4 +72,4 @@ def split_by_tokens(rollouts: Rollouts, budget: int) -> list[Rollouts]:
             groups[-1].append(i)
         else:
             groups.append([i])
-    return [rollouts.take(group) for group in groups]
+    return groups

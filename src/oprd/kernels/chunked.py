@@ -1,6 +1,7 @@
 """Losses over the vocabulary without ever holding a [N, V] tensor: both LM heads are applied chunk by chunk."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -9,8 +10,8 @@ from torch import Tensor
 from oprd.kernels.reference import token_logprobs
 from oprd.types import LMHead
 
-Divergence = Callable[[Float[Tensor, "C V"], Float[Tensor, "C V"], Int[Tensor, " C"]], Float[Tensor, " C"]]
-"""(student logits, teacher logits, sampled ids) -> one value per row."""
+Divergence = Callable[[Float[Tensor, "C V"], Any, Int[Tensor, " C"]], Float[Tensor, " C"]]
+"""(student logits, teacher logits or None, sampled ids) -> one value per row."""
 
 CHUNK_ELEMENTS = 2**23
 """Logits held at once per model: 32 MiB in float32; the loss's own temporaries are a handful of that."""
@@ -36,21 +37,25 @@ def logits(hidden: Float[Tensor, "C D"], head: LMHead) -> Float[Tensor, "C V"]:
 def head_divergence(
     student_hidden: Float[Tensor, "N D"],
     student_head: LMHead,
-    teacher_hidden: Float[Tensor, "N D2"],
-    teacher_head: LMHead,
+    teacher_hidden: Float[Tensor, "N D2"] | None,
+    teacher_head: LMHead | None,
     sampled_ids: Int[Tensor, " N"],
     divergence: Divergence,
 ) -> Float[Tensor, " N"]:
     """`divergence` of each token between the two models' next-token distributions.
 
+    Without a teacher's states it gets None for the teacher's logits. `sampled_ids` is handed on row by row: a divergence
+    that needs more of each token than its id takes the tokens' numbers 0..N-1 there, and looks the rest up.
     Heads of different sizes share their first rows (padded vocabularies of equal content).
     Gradient flows to `student_hidden` and to the student head's weight and bias where they require it.
     """
-    vocabulary = min(len(student_head.weight), len(teacher_head.weight))
-    student_head, teacher_head = student_head.cut(vocabulary), teacher_head.cut(vocabulary)
+    if teacher_hidden is not None and teacher_head is not None:
+        vocabulary = min(len(student_head.weight), len(teacher_head.weight))
+        student_head, teacher_head = student_head.cut(vocabulary), teacher_head.cut(vocabulary)
+        teacher_hidden = teacher_hidden.detach()
     return _HeadDivergence.apply(  # type: ignore[no-any-return]
         student_hidden, student_head.weight, student_head.bias,
-        student_head, teacher_hidden.detach(), teacher_head, sampled_ids, divergence,
+        student_head, teacher_hidden, teacher_head, sampled_ids, divergence,
     )  # fmt: skip
 
 
@@ -109,8 +114,8 @@ class _HeadDivergence(torch.autograd.Function):
 def _sweep(
     hidden: Float[Tensor, "N D"],
     head: LMHead,
-    teacher_hidden: Float[Tensor, "N D2"],
-    teacher_head: LMHead,
+    teacher_hidden: Float[Tensor, "N D2"] | None,
+    teacher_head: LMHead | None,
     ids: Int[Tensor, " N"],
     divergence: Divergence,
     upstream: Float[Tensor, " N"] | None,
@@ -126,7 +131,9 @@ def _sweep(
     for start in range(0, len(hidden), step):
         rows = slice(start, start + step)
         h = hidden[rows].to(dtype)
-        teacher_logits = logits(teacher_hidden[rows].to(h.device), teacher_head)
+        teacher_logits = None
+        if teacher_hidden is not None and teacher_head is not None:
+            teacher_logits = logits(teacher_hidden[rows].to(h.device), teacher_head)
         with torch.enable_grad():
             student_logits = logits(h.detach(), head).detach().requires_grad_(any(wanted))
             value = divergence(student_logits, teacher_logits, ids[rows])

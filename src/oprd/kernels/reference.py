@@ -82,6 +82,22 @@ def token_logprobs(logits: Float[Tensor, "N V"], ids: Int[Tensor, " N"]) -> Floa
     return _log_softmax(logits).gather(-1, ids[:, None]).squeeze(-1)
 
 
+def entropy(logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    """Entropy of each row's distribution, in nats."""
+    log_p = _log_softmax(logits)
+    return -_expect(log_p.exp(), log_p)
+
+
+def draw(logits: Float[Tensor, "N V"], uniform: Float[Tensor, " N"]) -> Int[Tensor, " N"]:
+    """One token of each row's distribution: the first whose cumulative probability exceeds `uniform`, from [0, 1)."""
+    below = _log_softmax(logits.detach()).exp().cumsum(-1)
+    return (
+        torch.searchsorted(below, uniform[:, None] * below[:, -1:], right=True)
+        .squeeze(-1)
+        .clamp(max=logits.shape[-1] - 1)
+    )
+
+
 def on_top_k(
     student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], k: int, support: str
 ) -> tuple[Float[Tensor, "N K"], Float[Tensor, "N K"]]:

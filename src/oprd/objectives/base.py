@@ -1,7 +1,7 @@
 """What the loop asks of an objective."""
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,8 +18,8 @@ class Objective(ABC):
 
     name: str
     """The metric's name: `train/NAME/mean`."""
-    needs: type
-    """The target type it needs."""
+    needs: Any
+    """The target type it needs, or a union of those it can use."""
     readings: tuple[Reading, ...]
     """Hidden states it needs of the student."""
     across_shapes: bool = False
@@ -44,18 +44,26 @@ class Objective(ABC):
     def per_token(self, student: States, teacher: TeacherTargets) -> Float[Tensor, " N"]:
         """One value per supervised token. Gradient flows to the student only; nothing is averaged here."""
 
+    def learnable(self, rollouts: Rollouts) -> tuple[bool, ...]:
+        """Which completions have a weight at all."""
+        return rollouts.answered
+
     def weights(self, rollouts: Rollouts) -> tuple[float, ...]:
-        """Weight of each supervised token of a completion, before the one division by `divisor` over the step."""
-        if self.reduction == "token_mean":
-            return tuple(1.0 for _ in range(len(rollouts)))
-        return tuple(1.0 / max(1, count) for count in rollouts.supervised(self.tokens))
+        """Weight of each supervised token of a completion, before the one division by `divisor` over the step.
+
+        0 where nothing can be learned.
+        """
+        counts = rollouts.supervised(self.tokens)
+        per_token = [1.0 if self.reduction == "token_mean" else 1.0 / max(1, count) for count in counts]
+        return tuple(weight * known for weight, known in zip(per_token, self.learnable(rollouts), strict=True))
 
     def divisor(self, rollouts: Rollouts) -> float:
         """What these rollouts add to the divisor of the step.
 
         `token_mean`: the supervised tokens. `sequence_mean`: the completions that have any (the paper's Eq. 6).
         """
-        counts = rollouts.supervised(self.tokens)
+        known = self.learnable(rollouts)
+        counts = [n * ok for n, ok in zip(rollouts.supervised(self.tokens), known, strict=True)]
         return float(sum(counts) if self.reduction == "token_mean" else sum(count > 0 for count in counts))
 
 

@@ -11,6 +11,7 @@ log-probabilities there. The teacher's is that of one spelling in tokens, a lowe
 from functools import partial
 from typing import final
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -18,12 +19,26 @@ from oprd.config import OutputKLConfig
 from oprd.errors import ConfigError
 from oprd.kernels import reference
 from oprd.kernels.chunked import Divergence, head_divergence, head_logprobs, sampled_logprobs
+from oprd.kernels.reference import token_logprobs
 from oprd.objectives.base import Objective, token_selection
-from oprd.types import HiddenTargets, LMHead, MicroBatch, Reading, States
+from oprd.types import (
+    HiddenTargets,
+    LMHead,
+    MicroBatch,
+    Reading,
+    SampledTargets,
+    States,
+    TeacherTargets,
+    TokenSelection,
+    TopKTargets,
+    pack,
+)
+
+ALL = TokenSelection(keep="all")
 
 IMPORTANCE_CLIP = 2.0
 EXACT = {"reverse_kl": reference.reverse_kl, "forward_kl": reference.forward_kl, "jsd": reference.jsd}
-FROM_SAMPLE = {
+SAMPLED = {
     "reverse_kl": reference.sampled_reverse_kl,
     "forward_kl": reference.sampled_forward_kl,
     "jsd": reference.sampled_jsd,
@@ -34,7 +49,6 @@ FROM_SAMPLE = {
 class OutputKL(Objective):
     """Divergence between next-token distributions, from hidden states and LM heads, chunk by chunk."""
 
-    needs = HiddenTargets
     uses_head = True
     across_shapes = True
 
@@ -43,33 +57,65 @@ class OutputKL(Objective):
         self.tokens = token_selection(config.tokens, config.k)
         self.reduction = config.reduction
         self.coefficient = config.coefficient
-        self.across_tokenizers = config.estimator == "sampled" and config.divergence == "reverse_kl"
+        self.across_tokenizers = (
+            config.estimator == "sampled" and config.divergence == "reverse_kl" and not config.redraw
+        )
         at = "spans" if self.across_tokenizers else "prediction"
         self._reading = Reading(block="last", at=at, tokens=self.tokens)
         self.readings = (self._reading,)
         self._divergence = divergence(config, vocabulary)
-        # full and top_k sum over tokens with the student's own probabilities; only the sampled estimators need correction
-        self.importance_weighted = config.estimator == "sampled"
+        self._config = config
+        self.needs = HiddenTargets
+        if config.estimator == "sampled" and not config.redraw:
+            self.needs = HiddenTargets | SampledTargets
+        if config.estimator == "top_k" and config.support == "teacher":
+            self.needs = HiddenTargets | TopKTargets
+        # full and top_k sum over tokens with the student's own probabilities, and redrawn tokens are the student's of now;
+        # only the sampled estimators need correction
+        self.importance_weighted = config.estimator == "sampled" and not config.redraw
         self._importance_clip = config.importance_clip or IMPORTANCE_CLIP
 
-    def per_token(self, student: States, teacher: HiddenTargets) -> Float[Tensor, " N"]:
+    def per_token(self, student: States, teacher: TeacherTargets) -> Float[Tensor, " N"]:
         assert student.head is not None
-        assert teacher.head is not None
         if student.batch.places is not None:
+            assert isinstance(teacher, HiddenTargets)
+            assert teacher.head is not None
             assert teacher.batch is not None
             log_p = self._span_logprobs(student.hidden[self._reading], student.head, student.batch)
             log_q = self._span_logprobs(teacher.hidden[self._reading], teacher.head, teacher.batch)
             return reference.sampled_reverse_kl(log_p, log_q.to(log_p))
         ids = student.batch.sampled_ids(self.tokens)
         hidden = student.hidden[self._reading]
-        values = head_divergence(
-            hidden, student.head, teacher.hidden[self._reading], teacher.head, ids, self._divergence
-        )
+        if isinstance(teacher, HiddenTargets):
+            assert teacher.head is not None
+            # redrawn: a uniform number a token in the place of its id; the divergence draws with it, in any pass alike
+            rows = torch.rand(len(ids)).to(ids.device) if self._config.redraw else ids
+            values = head_divergence(
+                hidden, student.head, teacher.hidden[self._reading], teacher.head, rows, self._divergence
+            )
+        else:
+            rows = torch.arange(len(ids), device=ids.device)
+            values = head_divergence(hidden, student.head, None, None, rows, self._served(student, teacher))
         then = student.batch.rollout_logprobs(self.tokens) if self.importance_weighted else None
         if then is None:
             return values
         now = sampled_logprobs(hidden, student.head, ids)
         return reference.importance_weights(now, then, self._importance_clip) * values
+
+    def _served(self, student: States, teacher: TeacherTargets) -> Divergence:
+        """The divergence from what a server says, which covers every token of the completions, by token number."""
+        selected = pack(student.batch.completion_mask(self.tokens), student.batch.completion_mask(ALL))
+        if isinstance(teacher, SampledTargets):
+            ids, given = student.batch.sampled_ids(self.tokens), teacher.logprobs[selected]
+            sampled = partial(SAMPLED[self._config.divergence], **_weight(self._config))
+            return lambda p, _, rows: sampled(token_logprobs(p, ids[rows]), given[rows])
+        assert isinstance(teacher, TopKTargets)
+        top_ids, top_logprobs = teacher.ids[selected], teacher.logprobs[selected]
+        exact, temperature = (
+            partial(EXACT[self._config.divergence], **_weight(self._config)),
+            self._config.kl_temperature,
+        )
+        return lambda p, _, rows: exact(p.gather(-1, top_ids[rows]) / temperature, top_logprobs[rows] / temperature)
 
     def _span_logprobs(self, hidden: Float[Tensor, "M D"], head: LMHead, batch: MicroBatch) -> Float[Tensor, " N"]:
         """Log-probability of each span between two pairs, summed over the model's own tokens of it, in nats."""
@@ -79,15 +125,19 @@ class OutputKL(Objective):
         return logprobs.new_zeros(count).index_add(0, numbers, logprobs)
 
 
+def _weight(config: OutputKLConfig) -> dict[str, float]:
+    return {} if config.divergence != "jsd" else {"weight": config.jsd_weight or 0.5}
+
+
 def divergence(config: OutputKLConfig, vocabulary: int) -> Divergence:
     """The configured divergence as a function of both models' logits and the sampled ids."""
-    weight = {} if config.divergence != "jsd" else {"weight": config.jsd_weight or 0.5}
+    weight = _weight(config)
     top_k = config.top_k or 16
     if config.estimator == "top_k" and top_k > vocabulary:
         raise ConfigError(f"objective.top_k is {top_k}; the vocabulary has {vocabulary} tokens")
 
     exact = partial(EXACT[config.divergence], **weight)
-    from_sample = partial(FROM_SAMPLE[config.divergence], **weight)
+    from_sample = partial(SAMPLED[config.divergence], **weight)
 
     def full(student: Float[Tensor, "C V"], teacher: Float[Tensor, "C V"], ids: Int[Tensor, " C"]) -> Tensor:
         return exact(student / config.kl_temperature, teacher / config.kl_temperature)
@@ -99,4 +149,9 @@ def divergence(config: OutputKLConfig, vocabulary: int) -> Divergence:
     def sampled(student: Float[Tensor, "C V"], teacher: Float[Tensor, "C V"], ids: Int[Tensor, " C"]) -> Tensor:
         return from_sample(reference.token_logprobs(student, ids), reference.token_logprobs(teacher, ids))
 
+    def redrawn(student: Float[Tensor, "C V"], teacher: Float[Tensor, "C V"], uniform: Float[Tensor, " C"]) -> Tensor:
+        return sampled(student, teacher, reference.draw(student, uniform))
+
+    if config.redraw:
+        return redrawn
     return {"full": full, "top_k": on_top_k, "sampled": sampled}[config.estimator]

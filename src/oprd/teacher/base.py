@@ -2,16 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar
 
 from oprd.types import Prompt, Reading, Rollouts, Tally, TeacherTargets
 
 
 class Teacher(ABC):
     """Answers on rollouts. Never gets gradient."""
-
-    provides: ClassVar[frozenset[type]]
-    """Target types this teacher can give."""
 
     def prepare(self, rollouts: Rollouts) -> Rollouts:
         """Called once a step with all rollouts of this process, before any targets: returns what will be learned on.
@@ -35,6 +31,9 @@ class Teacher(ABC):
 
         The teacher may read another prompt than the student; entries are paired by position in the completion.
         """
+
+    def close(self) -> None:  # noqa: B027
+        """Called once when training ends, however it ends: give back what was started."""
 
     def check_prompts(self, prompts: Iterable[Prompt]) -> None:  # noqa: B027
         """Called once before training: raise DataError for a prompt this teacher cannot answer."""

@@ -5,14 +5,12 @@ from typing import final
 
 from oprd.errors import DataError
 from oprd.teacher.base import Teacher
-from oprd.types import HiddenTargets, Prompt, Reading, Rollouts, Tally, TeacherTargets, concatenate
+from oprd.types import Prompt, Reading, Rollouts, Tally, TeacherTargets, concatenate
 
 
 @final
 class SeveralTeachers(Teacher):
     """Passes each micro-batch to the teacher its prompts name; a micro-batch never mixes teachers (`split_by_tokens`)."""
-
-    provides = frozenset({HiddenTargets})
 
     def __init__(self, teachers: Mapping[str, Teacher]) -> None:
         self._teachers = teachers
@@ -46,6 +44,10 @@ class SeveralTeachers(Teacher):
 
     def comparable(self, rollouts: Rollouts, readings: Iterable[Reading]) -> tuple[Reading, ...]:
         return self._of(rollouts).comparable(rollouts, readings)
+
+    def close(self) -> None:
+        for teacher in self._teachers.values():
+            teacher.close()
 
     def targets(self, rollouts: Rollouts, readings: Iterable[Reading], *, head: bool) -> TeacherTargets:
         return self._of(rollouts).targets(rollouts, readings, head=head)

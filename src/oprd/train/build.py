@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, cast
 
 import datasets
@@ -23,9 +22,11 @@ from oprd.config import (
     EffOPDConfig,
     LocalTeacherConfig,
     Recipe,
+    RewritingTeacherConfig,
     SelfTeacherConfig,
+    SequenceTeacherConfig,
+    ServerTeacherConfig,
     SeveralTeachersConfig,
-    TeacherConfig,
 )
 from oprd.data.align import Aligner
 from oprd.data.chat import end_of_turn, stop_ids
@@ -53,11 +54,27 @@ from oprd.rollout.hf import HFEngine
 from oprd.teacher.base import Teacher
 from oprd.teacher.local import Likeness, LocalTeacher
 from oprd.teacher.several import SeveralTeachers
+from oprd.teacher.writer import LocalWriter, Writer
 from oprd.train.checkpoint import find_checkpoint
 from oprd.train.extrapolation import Extrapolation, validation_prompts
 from oprd.train.run_folder import RunFolder
 from oprd.train.stages import first_stage
-from oprd.types import Prompt, Reading, States
+from oprd.train.talking import (
+    Served,
+    audit,
+    connect,
+    has_other_terms,
+    leaf,
+    local_writer,
+    members,
+    omni_term,
+    provided_by,
+    refuse_sharded_self,
+    served_tokenizer,
+    served_top_k,
+    wrap_writer,
+)
+from oprd.types import Prompt, Reading, States, TextTargets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +161,8 @@ def check(recipe: Recipe, given: Given, *, world_size: int = 1) -> Checked:
     )
     objectives = tuple(objective for stage in stages for objective in stage)
     tokenizer = given.tokenizer or load_tokenizer(recipe.student.model, recipe.student.gguf_file)
-    check_pair(objectives, SeveralTeachers if isinstance(recipe.teacher, SeveralTeachersConfig) else LocalTeacher)
+    for member in members(recipe.teacher).values():
+        check_pair(objectives, provided_by(member), member.type)
     tokenizers, likeness = check_teachers(
         recipe,
         given,
@@ -166,6 +184,13 @@ def check(recipe: Recipe, given: Given, *, world_size: int = 1) -> Checked:
                 f"rollout.lambda_on_policy is {recipe.rollout.lambda_on_policy}, but row {bare.row} of "
                 f"{recipe.data.prompts} has no column 'completion'"
             )
+    omni = omni_term(recipe)
+    if omni is not None and has_other_terms(recipe) and not all(alike.tokens for alike in likeness.values()):
+        raise TeacherMismatch(
+            "objective 'omni_opd' in a mixture needs a teacher with the student's tokenizer; alone it needs text only"
+        )
+    if omni is not None and omni.embedding_model is not None:
+        read_shape(omni.embedding_model)
     _check_validation(recipe, prompts)
     benchmarks = load_benchmarks(recipe.evaluation, tokenizer, context=shape.context)
     return Checked(
@@ -194,6 +219,7 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
     checked = check(recipe, given, world_size=accelerator.num_processes)
     accelerator.wait_for_everyone()
     folder = RunFolder(recipe.output_dir)
+    served = connect(recipe, checked.teacher_tokenizers, checked.prompts, accelerator)
 
     student = load_student(recipe.student, given.student)
     lm = LanguageModel(model=student, tokenizer=checked.tokenizer, name=recipe.student.model)
@@ -210,7 +236,9 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
             "refit_every reads another number of micro-batches on each process, which FSDP waits for forever"
         )
     frozen = None
-    if not is_peft(student) and any(isinstance(m, SelfTeacherConfig) for m in _members(recipe.teacher).values()):
+    omni = omni_term(recipe)
+    own = any(isinstance(leaf(member), SelfTeacherConfig) for member in members(recipe.teacher).values())
+    if not is_peft(student) and (own or (omni is not None and omni.anchor > 0)):
         frozen = frozen_copy(student).to(accelerator.device)
     trainable = tuple(parameter for parameter in student.parameters() if parameter.requires_grad)
     stage = first_stage(recipe)
@@ -221,13 +249,16 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
         with accelerator.autocast():
             return inner.read(batch, readings, head, then)
 
-    reads_head = any(objective.uses_head for stage in checked.stages for objective in stage) or recipe.health_tokens > 0
-    teacher = build_teacher(recipe.teacher, given, checked, lm, frozen, accelerator, read, reads_head)
+    stops = stop_ids(checked.tokenizer, lm.core.generation_config)
+    site = _Site(
+        recipe=recipe, given=given, checked=checked, lm=lm, frozen=frozen, accelerator=accelerator, read=read,
+        generate=inner.generate, stops=stops, served=served,
+    )  # fmt: skip
+    teacher = _build_teachers(site)
     teacher.check_prompts(checked.prompts)
     for bridge in _bridges(checked.stages):
         assert isinstance(teacher, LocalTeacher)
         check_weights(bridge.config.bridge, "teacher", bridge.file.teacher, weights_fingerprint(teacher.lm))
-    stops = stop_ids(checked.tokenizer, lm.core.generation_config)
     engine = HFEngine(
         lm,
         stops,
@@ -353,6 +384,15 @@ def _check_validation(recipe: Recipe, prompts: tuple[Prompt, ...]) -> None:
             f"extrapolation.validation_prompts is {config.validation_prompts}, the dataset has {len(prompts)} prompts; "
             "lower it"
         )
+    talks = any(
+        member is not leaf(member) or isinstance(member, ServerTeacherConfig)
+        for member in members(recipe.teacher).values()
+    )
+    if config.score == "objective" and (talks or omni_term(recipe) is not None):
+        raise ConfigError(
+            "extrapolation.score 'objective' would ask a teacher that talks again for every candidate, and its losses do not "
+            "compare weights; set extrapolation.score=accuracy"
+        )
     chosen = validation_prompts(config, prompts, recipe.seed)
     bare = next((prompt for prompt in chosen if prompt.answer is None), None)
     if config.score == "accuracy" and bare is not None:
@@ -382,11 +422,6 @@ def _optimizer(recipe: Recipe, model: nn.Module, learning_rate: float) -> torch.
     )
 
 
-def _members(config: TeacherConfig) -> Mapping[str, LocalTeacherConfig | SelfTeacherConfig]:
-    """The teachers by name; a single one has none."""
-    return config.teachers if isinstance(config, SeveralTeachersConfig) else {"": config}
-
-
 def check_teachers(
     recipe: Recipe,
     given: Given,
@@ -401,9 +436,17 @@ def check_teachers(
     several = isinstance(recipe.teacher, SeveralTeachersConfig)
     tokenizers: dict[str, PreTrainedTokenizerBase] = {}
     likeness: dict[str, Likeness] = {}
-    for name, member in _members(recipe.teacher).items():
+    for name, one in members(recipe.teacher).items():
+        member = leaf(one)
         if isinstance(member, SelfTeacherConfig):
             tokenizers[name], likeness[name] = tokenizer, Likeness(shape=True, tokens=True)
+            continue
+        if isinstance(member, ServerTeacherConfig):
+            theirs = served_tokenizer(member, name, scores=served_top_k(recipe) is not None and one is member)
+            if theirs is not None:
+                tokenizers[name] = theirs
+            if served_top_k(recipe) is not None and theirs is not None:
+                check_same_tokens(tokenizer, theirs, str(member.tokenizer))
             continue
         model = given.teacher if given.teacher is not None and not several else member.model
         # different vocabularies first: that is the reason a user has to hear when both differ
@@ -491,7 +534,7 @@ def _check_bridge(
 
 
 def build_teacher(
-    config: TeacherConfig,
+    config: LocalTeacherConfig | SelfTeacherConfig,
     given: Given,
     checked: Checked,
     lm: LanguageModel,
@@ -500,30 +543,9 @@ def build_teacher(
     read: Callable[..., Any],
     reads_head: bool,
     name: str = "",
-) -> Teacher:
-    if isinstance(config, SeveralTeachersConfig):
-        build_one = partial(
-            build_teacher, given=Given(), checked=checked, lm=lm, frozen=frozen, accelerator=accelerator
-        )
-        members = config.teachers.items()
-        return SeveralTeachers({n: build_one(one, read=read, reads_head=reads_head, name=n) for n, one in members})
+) -> LocalTeacher:
     if isinstance(config, SelfTeacherConfig):
-        own = (
-            lm
-            if frozen is None
-            else LanguageModel(model=frozen, tokenizer=checked.tokenizer, name=f"{lm.name} at start")
-        )
-        off: Callable[[], contextlib.AbstractContextManager[Any]] = (
-            lm.model.disable_adapter if frozen is None else contextlib.nullcontext  # type: ignore[assignment]
-        )
-        return LocalTeacher(
-            own,
-            context=checked.shape.context,
-            system_prompt=config.system_prompt,
-            prompt_template=config.prompt_template,
-            read=read if frozen is None else None,
-            without_adapter=off,
-        )
+        return _at_start(checked, lm, frozen, read, config.system_prompt, config.prompt_template)
     model = load_teacher(config, accelerator.device, given.teacher, head=reads_head)
     own = LanguageModel(model=model, tokenizer=checked.teacher_tokenizers[name], name=config.model)
     likeness = checked.likeness[name]
@@ -541,6 +563,105 @@ def build_teacher(
         likeness=likeness,
         aligner=aligner,
     )
+
+
+def _at_start(
+    checked: Checked,
+    lm: LanguageModel,
+    frozen: PreTrainedModel | None,
+    read: Callable[..., Any],
+    system_prompt: str | None = None,
+    prompt_template: str | None = None,
+) -> LocalTeacher:
+    """The student before training: its adapter off, or the frozen copy."""
+    own = lm if frozen is None else LanguageModel(model=frozen, tokenizer=checked.tokenizer, name=f"{lm.name} at start")
+    off: Callable[[], contextlib.AbstractContextManager[Any]] = (
+        lm.model.disable_adapter if frozen is None else contextlib.nullcontext  # type: ignore[assignment]
+    )
+    return LocalTeacher(
+        own,
+        context=checked.shape.context,
+        system_prompt=system_prompt,
+        prompt_template=prompt_template,
+        read=read if frozen is None else None,
+        without_adapter=off,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Site:
+    """What the teachers of a run are built from."""
+
+    recipe: Recipe
+    given: Given
+    checked: Checked
+    lm: LanguageModel
+    frozen: PreTrainedModel | None
+    """The student at start, apart, where a teacher or the anchor is made of it and no adapter can be switched off."""
+    accelerator: Accelerator
+    read: Callable[..., Any]
+    generate: Callable[..., Any]
+    stops: tuple[int, ...]
+    served: Mapping[str, Served]
+
+
+def _build_teachers(site: _Site) -> Teacher:
+    """Every teacher that answers, and around them what makes use of their text."""
+    recipe = site.recipe
+    omni = omni_term(recipe)
+    several = isinstance(recipe.teacher, SeveralTeachersConfig)
+    objectives = [objective for stage in site.checked.stages for objective in stage]
+    by_text = all(objective.needs is TextTargets for objective in objectives)
+    teachers: dict[str, Teacher] = {}
+    writers: dict[str, Writer] = {}
+    for name, member in members(recipe.teacher).items():
+        config = leaf(member)
+        if isinstance(config, ServerTeacherConfig):
+            local, shown, writer = None, site.served[name].scorer, site.served[name].writer
+        else:
+            local, writer = _build_local(site, config, name, writes=omni is not None or member is not config)
+            shown = local
+        if isinstance(member, RewritingTeacherConfig | SequenceTeacherConfig):
+            assert writer is not None
+            shown = wrap_writer(recipe, member, writer, None if by_text else local, site.checked.tokenizer, site.stops)
+        elif omni is not None:
+            assert writer is not None
+            writers[name] = writer
+        if shown is not None:
+            teachers[name] = shown
+    # where a server only writes, nothing but its text answers for the prompts of that teacher
+    whole = len(teachers) == len(members(recipe.teacher))
+    under = (SeveralTeachers(teachers) if several else teachers[""]) if whole else None
+    if omni is None:
+        assert under is not None
+        return under
+    start = _at_start(site.checked, site.lm, site.frozen, site.read) if omni.anchor > 0 else None
+    return audit(
+        recipe, omni, writers,
+        lm=site.lm, read=site.read, start=start, under=under, accelerator=site.accelerator,
+    )  # fmt: skip
+
+
+def _build_local(
+    site: _Site, config: LocalTeacherConfig | SelfTeacherConfig, name: str, *, writes: bool
+) -> tuple[LocalTeacher, LocalWriter | None]:
+    """A model in this process as one that shows its states, and as one that writes."""
+    several = isinstance(site.recipe.teacher, SeveralTeachersConfig)
+    given = Given() if several else site.given
+    uses_head = any(objective.uses_head for stage in site.checked.stages for objective in stage)
+    reads_head = uses_head or site.recipe.health_tokens > 0 or writes
+    teacher = build_teacher(
+        config, given, site.checked, site.lm, site.frozen, site.accelerator, site.read, reads_head, name
+    )
+    if not writes:
+        return teacher, None
+    if isinstance(config, SelfTeacherConfig) and site.frozen is None:
+        refuse_sharded_self(site.accelerator)
+        return teacher, local_writer(
+            site.recipe, site.lm, config, site.checked.shape.context,
+            generate=site.generate, without_adapter=site.lm.model.disable_adapter,  # type: ignore[arg-type]
+        )  # fmt: skip
+    return teacher, local_writer(site.recipe, teacher.lm, config, read_shape(teacher.lm.core).context)
 
 
 def _disk_gib(recipe: Recipe, student: str | PreTrainedModel) -> float:

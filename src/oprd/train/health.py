@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from oprd.kernels.chunked import logits
-from oprd.kernels.reference import shared, token_logprobs
+from oprd.kernels.reference import entropy, shared, token_logprobs
 from oprd.types import HiddenTargets, Reading, Rollouts, States, TokenSelection
 
 OVERLAP_K = 16
@@ -99,8 +99,8 @@ def measure(student: States, teacher: HiddenTargets | None) -> torch.Tensor:
         k = min(OVERLAP_K, vocabulary)
         overlap = shared(p.topk(k).indices, q.topk(k).indices).float().mean(-1)
         ratio = token_logprobs(p, ids) - token_logprobs(q, ids)
-        agreement = [float(overlap.sum()), float(_entropy(q).sum()), float(ratio.sum()), count]
-    return torch.tensor([*cosines, *agreement, float(_entropy(own).sum()), count], dtype=torch.float64)
+        agreement = [float(overlap.sum()), float(entropy(q).sum()), float(ratio.sum()), count]
+    return torch.tensor([*cosines, *agreement, float(entropy(own).sum()), count], dtype=torch.float64)
 
 
 def health_from_sums(sums: torch.Tensor) -> Health | None:
@@ -119,8 +119,3 @@ def health_from_sums(sums: torch.Tensor) -> Health | None:
         student_entropy=student / tokens,
         agreement=agreement,
     )
-
-
-def _entropy(logits: torch.Tensor) -> torch.Tensor:
-    log_p = logits.log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1)

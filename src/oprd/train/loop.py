@@ -19,7 +19,7 @@ from oprd.algorithm import collect
 from oprd.config import recipe_to_yaml
 from oprd.data.chat import decode, encode, end_of_turn
 from oprd.data.collate import collate_student, split_by_tokens
-from oprd.errors import Interrupted, TrainingStopped
+from oprd.errors import Interrupted, ServerError, TrainingStopped
 from oprd.evaluate.run import Evaluation, evaluate, evaluation_from
 from oprd.evaluate.verify import Verifier
 from oprd.kernels.chunked import sampled_logprobs
@@ -35,7 +35,7 @@ from oprd.train.log import Clock, Interrupt, derive_seed, peak_memory_gib
 from oprd.train.run_folder import read_jsonl, write_atomically
 from oprd.train.save import save_student
 from oprd.train.validation import validate
-from oprd.types import MicroBatch, Prompt, Reading, Rollouts, States, TokenSelection, concatenate
+from oprd.types import HiddenTargets, MicroBatch, Prompt, Reading, Rollouts, States, TokenSelection, concatenate
 
 TRUNCATED_ALARM = 0.1
 """Above this share of truncated completions in a step the user is warned, once."""
@@ -81,7 +81,8 @@ class Progress:
 def train(run: Run) -> Result:
     """Train to the last step, evaluate, save the student. Resumes where the recipe says so.
 
-    Raises TrainingStopped after too many non-finite steps in a row, Interrupted when the user asked to stop.
+    Raises TrainingStopped after too many skipped steps in a row or when a teacher's server gives out, Interrupted when the
+    user asked to stop.
     """
     recipe, accelerator = run.recipe, run.accelerator
     done = run.folder.path / "result.json"
@@ -92,6 +93,7 @@ def train(run: Run) -> Result:
     shown = accelerator.is_main_process
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
+        stack.callback(run.teacher.close)
         judged = run.benchmarks or (recipe.extrapolation is not None and recipe.extrapolation.score == "accuracy")
         verifier = stack.enter_context(Verifier(timeout_s=recipe.evaluation.verify_timeout_s)) if judged else None
         if recipe.eval_steps is not None and progress.step == 0:
@@ -136,7 +138,7 @@ def _step(run: Run, progress: Progress, bar: Bar, verifier: Verifier | None) -> 
     step = progress.step + 1
     clock = Clock(run.accelerator.device)
     with clock.section("rollout"):
-        written, learned = _rollouts(run, step)
+        written, learned = _rollouts_or_stop(run, progress)
     if recipe.rollout.updates_per_rollout > 1 and any(o.importance_weighted for o in run.objectives):
         with clock.section("update"):
             learned = _with_logprobs(run, learned)
@@ -165,7 +167,7 @@ def _step(run: Run, progress: Progress, bar: Bar, verifier: Verifier | None) -> 
     _warn_of_truncation(run, progress, float(metrics["rollout/truncated/share"]))
     if progress.skipped_in_a_row >= recipe.max_skipped_steps:
         raise TrainingStopped(
-            f"{progress.skipped_in_a_row} steps in a row had a non-finite loss or gradient (losses "
+            f"{progress.skipped_in_a_row} steps in a row had a non-finite loss or gradient, or nothing to learn on (losses "
             f"{[round(x, 4) for x in update.losses]}, gradient norm {update.grad_norm}); the last is step {step}. "
             f"Lower learning_rate ({recipe.learning_rate}), or look at {run.folder.samples}. "
             f"Checkpoints in {run.folder.checkpoints} are from before"
@@ -185,6 +187,9 @@ def update_step(run: Run, rollouts: Rollouts, clock: Clock) -> Update:
     everywhere = _gather(run, [float(len(micros)), *divisors, *counts])
     passes = int(everywhere[:, 0].max())
     denominators, supervised = everywhere[:, 1:].sum(0).split(len(objectives))
+    # where the teacher's answers on all completions were lost or unusable there is nothing to learn, and no step is made
+    learnable = bool((denominators > 0).any())
+    denominators = denominators.clamp(min=1e-9)
     if not bool((supervised > 0).all()):
         raise TrainingStopped(
             "no token of this step is supervised: every completion is empty. Does the chat template end the prompt where "
@@ -219,7 +224,7 @@ def update_step(run: Run, rollouts: Rollouts, clock: Clock) -> Update:
         grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), run.recipe.max_grad_norm)
         norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else cast(torch.Tensor, grad_norm))
         losses = (_gather(run, sums.tolist()).sum(0) / denominators).tolist()
-        finite = math.isfinite(norm) and all(map(math.isfinite, losses))
+        finite = learnable and math.isfinite(norm) and all(map(math.isfinite, losses))
         if finite:
             run.optimizer.step()
         run.optimizer.zero_grad()
@@ -294,6 +299,23 @@ def _token_weights(objective: Objective, micro: Rollouts, like: torch.Tensor) ->
     return weights.repeat_interleave(torch.tensor(micro.supervised(objective.tokens))).to(like.device)
 
 
+def _rollouts_or_stop(run: Run, progress: Progress) -> tuple[Rollouts, Rollouts]:
+    """`_rollouts`; when a teacher's server gives out on any process, all save what was learned so far and stop."""
+    error: ServerError | None = None
+    try:
+        both = _rollouts(run, progress.step + 1)
+    except ServerError as caught:
+        error = caught
+    if not _any(run, error is not None):
+        return both
+    _save(run, progress)
+    reason = str(error or "the teacher of another process gave out; its message says why").rstrip(".")
+    raise TrainingStopped(
+        f"{reason}. Stopped before step {progress.step + 1}; a checkpoint is in {run.folder.checkpoints}. "
+        "Go on with resume_from_checkpoint=latest"
+    ) from None
+
+
 def _rollouts(run: Run, step: int) -> tuple[Rollouts, Rollouts]:
     """What was written and what is learned on: the student's completions, or on an off-policy step the dataset's (GKD)."""
     recipe = run.recipe
@@ -323,6 +345,7 @@ def _health(run: Run, rollouts: Rollouts) -> Health | None:
     readings = health_readings(run.lm.num_blocks)
     shared = run.teacher.comparable(sample, readings)
     targets = run.teacher.targets(sample, shared, head=True) if shared else None
+    assert targets is None or isinstance(targets, HiddenTargets)
     run.model.eval()
     sums = run.read(_student_batch(run, sample), readings, True, partial(measure, teacher=targets))
     return health_from_sums(_gather(run, sums.tolist()).sum(0))

@@ -5,6 +5,7 @@ run.json        versions, commit, machine        samples.jsonl     some completi
 checkpoints/    to resume from                   evaluations.jsonl one line per evaluation and benchmark
 student/        the trained student              evaluations/      every completion with its verdict
                                                  searches.jsonl    one line per search of the extrapolation
+teacher_cache.sqlite  what a server answered, and what it cost
 """
 
 import json
@@ -23,7 +24,7 @@ import psutil
 import torch
 import yaml
 
-from oprd.config import Recipe, parse_recipe, recipe_to_dict, recipe_to_yaml
+from oprd.config import SERVER_MAY_CHANGE, Recipe, parse_recipe, recipe_to_dict, recipe_to_yaml
 from oprd.errors import RunFolderError
 
 MAY_CHANGE = (
@@ -51,6 +52,7 @@ class RunFolder:
         self.samples = self.path / "samples.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"
         self.searches = self.path / "searches.jsonl"
+        self.teacher_cache = self.path / "teacher_cache.sqlite"
 
     def check(self, recipe: Recipe, *, needed_gib: float) -> None:
         """Raise RunFolderError unless this run may be written here, before anything is loaded.
@@ -66,7 +68,7 @@ class RunFolder:
                     "or continue it with resume_from_checkpoint=latest"
                 )
             self._check_same(recipe, parse_recipe(yaml.safe_load(known.read_text(encoding="utf-8"))))
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and (not self.path.is_dir() or self._holds_other_things()):
             raise RunFolderError(f"{self.path} exists and is not a run folder; choose another output_dir")
         self._check_writable(needed_gib)
 
@@ -90,7 +92,7 @@ class RunFolder:
                 write_atomically(file, "".join(line + "\n" for line in kept))
 
     def _check_same(self, recipe: Recipe, earlier: Recipe) -> None:
-        now, then = recipe_to_dict(recipe), recipe_to_dict(earlier)
+        now, then = (_fixed(recipe_to_dict(one)) for one in (recipe, earlier))
         changed = [k for k in now if k not in MAY_CHANGE and now[k] != then[k]]
         if changed:
             detail = "; ".join(f"{k}: {then[k]!r} then, {now[k]!r} now" for k in changed)
@@ -98,6 +100,10 @@ class RunFolder:
                 f"{self.path} holds a run of another recipe ({detail}). Resume it with its own "
                 f"{self.path / 'recipe.yaml'}, or choose another output_dir"
             )
+
+    def _holds_other_things(self) -> bool:
+        """Besides the cache of a start that came no further than its teacher's server."""
+        return any(not file.name.startswith(self.teacher_cache.name) for file in self.path.iterdir())
 
     def _check_writable(self, needed_gib: float) -> None:
         parent = self.path
@@ -148,6 +154,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _fixed(tree: Any) -> Any:
+    """The recipe without the keys of server teachers that may change."""
+    if not isinstance(tree, dict):
+        return tree
+    dropped = SERVER_MAY_CHANGE if tree.get("type") == "server" else ()
+    return {key: _fixed(value) for key, value in tree.items() if key not in dropped}
 
 
 def _step_of(line: str) -> float:

@@ -1,0 +1,472 @@
+"""Requests to an OpenAI-compatible server: many at once, tried again, never paid twice, never beyond the budget.
+
+The answers of all steps lie in one SQLite file, and so does what was spent: a run that stops, for whatever reason, goes on
+with both. The event loop lives in a thread for the length of one `send`, so that this works inside notebooks as well.
+"""
+
+import asyncio
+import email.utils
+import hashlib
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, final
+
+import openai
+
+from oprd.config import ServerTeacherConfig
+from oprd.errors import ConfigError, ServerError
+from oprd.types import Tally
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One request."""
+
+    endpoint: Literal["completions", "chat"]
+    body: Mapping[str, Any]
+    """As JSON, without the model's name."""
+    samples: int
+    """Choices the reply must have."""
+    most_prompt_tokens: int
+    """An upper bound, for the budget."""
+    most_completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One of a reply's answers."""
+
+    text: str
+    finished: bool
+    """False: cut at the length limit."""
+    logprobs: Any
+    """As the server gave them: `prompt_logprobs`, or `logprobs` of an echoed prompt; None if not asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """A whole and well-formed reply."""
+
+    choices: tuple[Choice, ...]
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class _BadReplyError(Exception):
+    """The server answered with something that is not the asked-for reply."""
+
+
+@final
+class Client:
+    """Sends the calls of a step. One for a run and process; `run` names its account in the cache file."""
+
+    def __init__(
+        self, config: ServerTeacherConfig, *, cache: Path, run: str, processes: int = 1, seed: int = 0
+    ) -> None:
+        self._config = config
+        self._key = _read_key(config)
+        self._cache = cache
+        self._run = run
+        self._processes = processes
+        self._seed = seed
+        self._counts: Counter[str] = Counter()
+
+    def send(
+        self, chains: Sequence[Sequence[Call]], *, max_lost_share: float | None = None
+    ) -> list[list[Reply | None]]:
+        """The reply to every call; None where it was lost. The calls of a chain go one after the other, chains side by side.
+
+        Raises ServerError when nothing more can be had from the server or paid: the key is refused, the server is gone,
+        the budget would be passed, too many replies were lost (the config's share, or `max_lost_share`). Replies under way are waited for first, and kept.
+        """
+        self._counts = Counter()
+        allowed = self._config.max_lost_share if max_lost_share is None else max_lost_share
+        result: Future[list[list[Reply | None]]] = Future()
+
+        def work() -> None:
+            try:
+                result.set_result(asyncio.run(self._send(chains, allowed)))
+            except BaseException as error:  # whatever it is, the caller has to hear of it
+                result.set_exception(error)
+
+        # a daemon, so that a second Ctrl-C does not wait for the replies under way
+        threading.Thread(target=work, name="teacher", daemon=True).start()
+        return result.result()
+
+    def tallies(self) -> tuple[Tally, ...]:
+        """What the last `send` did."""
+        counts, config = self._counts, self._config
+        cost = _cost(config, counts["prompt_tokens"], counts["completion_tokens"])
+        names = ("requests", "retries", "cache_hits", "lost", "prompt_tokens", "completion_tokens")
+        return (
+            *(Tally(name=f"teacher/{name}/sum", total=counts[name]) for name in names),
+            Tally(name="teacher/cost/sum", total=cost),
+        )
+
+    async def _send(self, chains: Sequence[Sequence[Call]], allowed: float) -> list[list[Reply | None]]:
+        self._cache.parent.mkdir(parents=True, exist_ok=True)
+        keyed = self._keys(chains)
+        with closing(sqlite3.connect(self._cache, timeout=60.0)) as database:
+            step = _Step(self._config, self._key, _Book(database, self._run), self._processes, self._counts)
+            async with openai.AsyncOpenAI(
+                base_url=self._config.base_url,
+                api_key=self._key or "none",
+                max_retries=0,  # ours count, and obey Retry-After of any length
+                timeout=self._config.request_timeout_s,
+            ) as api:
+                replies = await step.run(api, keyed)
+        lost = sum(reply is None for chain in replies for reply in chain)
+        asked = sum(map(len, replies))
+        self._counts["lost"] = lost
+        if step.stop is not None:
+            raise ServerError(step.stop)
+        if lost > allowed * asked:
+            raise ServerError(
+                f"{self._config.base_url}: {lost} of {asked} replies of this step were lost ({step.reasons()}); allowed is "
+                f"max_lost_share={allowed}. Look at the server's log, then resume: what was answered is kept"
+            )
+        return replies
+
+    def _keys(self, chains: Sequence[Sequence[Call]]) -> list[list[tuple[str, int, Call]]]:
+        """Each call with its key in the cache and its seed. Equal calls of one step are different draws."""
+        seen: Counter[str] = Counter()
+        keyed = []
+        for chain in chains:
+            keyed.append([])
+            for call in chain:
+                content = json.dumps(
+                    [self._config.model, call.endpoint, call.body, call.samples, self._seed], sort_keys=True
+                )
+                digest = hashlib.sha256(f"{content}#{seen[content]}".encode()).digest()
+                seen[content] += 1
+                # 31 bits: what every server takes as a seed
+                keyed[-1].append((digest.hex(), int.from_bytes(digest[:4], "big") >> 1, call))
+        return keyed
+
+
+class _Book:
+    """The cache file: answers by key, and what each run has spent."""
+
+    def __init__(self, database: sqlite3.Connection, run: str) -> None:
+        self._database = database
+        self._run = run
+        database.execute("PRAGMA journal_mode=WAL")
+        with database:
+            database.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
+            database.execute(
+                "CREATE TABLE IF NOT EXISTS spent (run TEXT PRIMARY KEY, requests INTEGER NOT NULL, "
+                "prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL)"
+            )
+            database.execute("INSERT OR IGNORE INTO spent VALUES (?, 0, 0, 0)", (run,))
+
+    def find(self, key: str) -> Reply | None:
+        row = self._database.execute("SELECT reply FROM answers WHERE key = ?", (key,)).fetchone()
+        return None if row is None else _reply_from(json.loads(row[0]))
+
+    def spent(self) -> tuple[int, int, int]:
+        """Requests, prompt tokens and completion tokens of this run, over all its starts."""
+        columns = "requests, prompt_tokens, completion_tokens"
+        return self._database.execute(f"SELECT {columns} FROM spent WHERE run = ?", (self._run,)).fetchone()
+
+    def spend(self, *, requests: int = 0, prompt_tokens: int = 0, completion_tokens: int = 0) -> None:
+        with self._database:
+            self._spend(requests, prompt_tokens, completion_tokens)
+
+    def store(self, key: str, reply: Reply) -> None:
+        """Keep an answer and charge its tokens, both or neither."""
+        choices = [[c.text, c.finished, c.logprobs] for c in reply.choices]
+        text = json.dumps([choices, reply.prompt_tokens, reply.completion_tokens])
+        with self._database:
+            self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, text))
+            self._spend(0, reply.prompt_tokens, reply.completion_tokens)
+
+    def _spend(self, requests: int, prompt_tokens: int, completion_tokens: int) -> None:
+        self._database.execute(
+            "UPDATE spent SET requests = requests + ?, prompt_tokens = prompt_tokens + ?, "
+            "completion_tokens = completion_tokens + ? WHERE run = ?",
+            (requests, prompt_tokens, completion_tokens, self._run),
+        )
+
+
+class _Step:
+    """The calls of one `send`."""
+
+    def __init__(
+        self, config: ServerTeacherConfig, key: str | None, book: _Book, processes: int, counts: Counter[str]
+    ) -> None:
+        self._config = config
+        self._key = key
+        self._book = book
+        self._counts = counts
+        # every process gets an equal part of each budget, so that none has to know what the others spend
+        self._limits = [
+            None if x is None else x / processes for x in (config.max_requests, config.max_tokens, config.max_cost)
+        ]
+        self._free = asyncio.Semaphore(config.concurrency)
+        self._settled = asyncio.Condition()
+        self._under_way: Counter[str] = Counter()
+        self._not_before = 0.0
+        self._reasons: Counter[str] = Counter()
+        self.stop: str | None = None
+        """Why nothing more is sent."""
+
+    async def run(
+        self, api: openai.AsyncOpenAI, chains: Sequence[Sequence[tuple[str, int, Call]]]
+    ) -> list[list[Reply | None]]:
+        replies: list[list[Reply | None]] = [[None] * len(chain) for chain in chains]
+
+        async def walk(row: int) -> None:
+            # a chain is finished once it is begun: its prefixes come while the server still has them
+            async with self._free:
+                for at, (key, seed, call) in enumerate(chains[row]):
+                    replies[row][at] = self._known(key) or await self._ask(api, key, seed, call)
+
+        tasks = [asyncio.create_task(walk(row)) for row in range(len(chains))]
+        if not tasks:
+            return replies
+        _, late = await asyncio.wait(tasks, timeout=self._config.step_timeout_s)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+        if late:
+            missing = sum(reply is None for chain in replies for reply in chain) - self._reasons.total()
+            self._reasons[f"no reply within step_timeout_s={self._config.step_timeout_s:g}"] += missing
+        for task in tasks:
+            if task not in late:
+                task.result()
+        return replies
+
+    def reasons(self) -> str:
+        return ", ".join(f"{count} x {reason}" for reason, count in self._reasons.most_common(3))
+
+    def _known(self, key: str) -> Reply | None:
+        reply = self._book.find(key)
+        self._counts["cache_hits"] += reply is not None
+        return reply
+
+    async def _ask(self, api: openai.AsyncOpenAI, key: str, seed: int, call: Call) -> Reply | None:
+        """Try until there is a reply, the attempts are used up, or nothing more is to be sent."""
+        fault = _FaultError("not sent")
+        for attempt in range(self._config.max_retries + 1):
+            await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
+            if not await self._afford(call):
+                return None
+            self._counts["requests"] += 1
+            self._counts["retries"] += attempt > 0
+            try:
+                reply = await self._try(api, seed, call)
+            except _FaultError as error:
+                fault = error
+            else:
+                self._book.store(key, reply)
+                self._counts["prompt_tokens"] += reply.prompt_tokens
+                self._counts["completion_tokens"] += reply.completion_tokens
+                return reply
+            finally:
+                await self._settle(call)
+            if fault.final:
+                break
+            pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt) if fault.pause_s is None else fault.pause_s
+            if fault.pause_s is not None:
+                self._not_before = max(self._not_before, time.monotonic() + pause)  # a limit on one is a limit on all
+            if attempt < self._config.max_retries:
+                await asyncio.sleep(pause)
+        if fault.stops and self.stop is None:
+            self.stop = f"{self._config.base_url}: {fault}. {fault.advice}"
+        self._reasons[str(fault)] += 1
+        return None
+
+    async def _try(self, api: openai.AsyncOpenAI, seed: int, call: Call) -> Reply:
+        """One attempt. Raises _FaultError saying what went wrong and what that means."""
+        limit = self._config.request_timeout_s
+        may_have_cost = False
+        try:
+            async with asyncio.timeout(limit):
+                text = await _post(api, self._config.model, seed, call)
+            return _read_reply(text, call)
+        except (TimeoutError, openai.APITimeoutError):
+            may_have_cost = True
+            raise _FaultError(f"no reply within request_timeout_s={limit:g}") from None
+        except openai.APIConnectionError as error:
+            cause = type(error.__cause__).__name__
+            if cause == "ConnectError":
+                advice = "Is it running, is base_url right? Start it and resume: nothing is paid twice"
+                raise _FaultError("no connection", stops=True, advice=advice) from None
+            may_have_cost = True
+            raise _FaultError(f"the connection broke ({cause})") from None
+        except openai.APIStatusError as error:
+            raise self._status(error) from None
+        except asyncio.CancelledError:
+            may_have_cost = True
+            raise
+        except _BadReplyError as error:
+            may_have_cost = True
+            raise _FaultError(str(error)) from None
+        finally:
+            if may_have_cost:
+                # the server may have written it all: the budget counts the most it can have cost
+                self._book.spend(prompt_tokens=call.most_prompt_tokens, completion_tokens=call.most_completion_tokens)
+                self._counts["prompt_tokens"] += call.most_prompt_tokens
+                self._counts["completion_tokens"] += call.most_completion_tokens
+
+    def _status(self, error: openai.APIStatusError) -> "_FaultError":
+        status = error.status_code
+        said = " ".join(error.response.text.split())[:200]
+        if self._key:
+            said = said.replace(self._key, "[key]")
+        if status == 429:
+            advice = "Lower concurrency or wait, then resume: nothing is paid twice"
+            return _FaultError(
+                "too many requests (HTTP 429)", pause_s=_retry_after(error.response.headers), stops=True, advice=advice
+            )
+        if status in {408, 409, 425} or status >= 500:
+            return _FaultError(f"HTTP {status}", pause_s=_retry_after(error.response.headers))
+        if status in {401, 403}:
+            advice = f"Check the key in the environment variable that api_key_env names ({self._config.api_key_env})"
+        else:
+            advice = "The server refuses what this recipe asks for"
+        return _FaultError(f"HTTP {status}: {said}", final=True, stops=True, advice=advice)
+
+    async def _afford(self, call: Call) -> bool:
+        """Whether this call can be sent without any chance of passing a budget. Waits for what is under way to settle first."""
+        async with self._settled:
+            while True:
+                if self.stop is not None:
+                    return False
+                passed = self._passed(call)
+                if passed is None:
+                    self._book.spend(requests=1)
+                    self._move(call, 1)
+                    return True
+                if not self._under_way["requests"]:
+                    self.stop = (
+                        f"{self._config.base_url}: the next request could pass {passed}. Raise it and resume, or stop "
+                        "here: the last checkpoint has all that was learned, and nothing is paid twice"
+                    )
+                    return False
+                await self._settled.wait()
+
+    def _passed(self, call: Call) -> str | None:
+        """The budget that this call could pass, as text."""
+        config = self._config
+        requests, prompt, completion = self._book.spent()
+        prompt += self._under_way["prompt_tokens"] + call.most_prompt_tokens
+        completion += self._under_way["completion_tokens"] + call.most_completion_tokens
+        would = (requests + 1, prompt + completion, _cost(config, prompt, completion))
+        names = ("max_requests", "max_tokens", "max_cost")
+        for name, value, limit in zip(names, would, self._limits, strict=True):
+            if limit is not None and value > limit:
+                return f"{name}={getattr(config, name)}"
+        return None
+
+    async def _settle(self, call: Call) -> None:
+        self._move(call, -1)
+        async with self._settled:
+            self._settled.notify_all()
+
+    def _move(self, call: Call, sign: int) -> None:
+        self._under_way["requests"] += sign
+        self._under_way["prompt_tokens"] += sign * call.most_prompt_tokens
+        self._under_way["completion_tokens"] += sign * call.most_completion_tokens
+
+
+class _FaultError(Exception):
+    """One failed attempt: how long to pause, whether to try again, whether to stop the run after the last one."""
+
+    def __init__(
+        self, what: str, *, pause_s: float | None = None, final: bool = False, stops: bool = False, advice: str = ""
+    ) -> None:
+        super().__init__(what)
+        self.pause_s = pause_s
+        self.final = final
+        self.stops = stops
+        self.advice = advice
+
+
+async def _post(api: openai.AsyncOpenAI, model: str, seed: int, call: Call) -> str:
+    """The reply's body. What the official client has no argument for goes along as an extra field."""
+    resource = api.completions if call.endpoint == "completions" else api.chat.completions
+    key = "prompt" if call.endpoint == "completions" else "messages"
+    rest = {name: value for name, value in call.body.items() if name != key}
+    raw = await resource.with_raw_response.create(  # type: ignore[arg-type]
+        model=model, **{key: call.body[key]}, extra_body=rest | {"seed": seed}
+    )
+    return raw.text if isinstance(raw.text, str) else raw.text()
+
+
+def _read_reply(text: str, call: Call) -> Reply:
+    """Raises _BadReplyError for anything but the whole reply that was asked for."""
+    try:
+        reply = json.loads(text)
+        choices = tuple(_read_choice(choice, call.endpoint) for choice in reply["choices"])
+        usage = reply.get("usage") or {}
+        prompt = int(usage.get("prompt_tokens", call.most_prompt_tokens))
+        completion = int(usage.get("completion_tokens", call.most_completion_tokens))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _BadReplyError("a reply that is not the JSON it should be") from None
+    if not choices:
+        raise _BadReplyError("an empty reply")
+    if len(choices) != call.samples:
+        raise _BadReplyError(f"{len(choices)} samples for the {call.samples} asked for")
+    if completion > call.most_completion_tokens:
+        raise _BadReplyError(f"a longer reply than asked for ({completion} tokens)")
+    return Reply(choices=choices, prompt_tokens=prompt, completion_tokens=completion)
+
+
+def _read_choice(choice: Mapping[str, Any], endpoint: str) -> Choice:
+    text = choice["text"] if endpoint == "completions" else choice["message"]["content"] or ""
+    if not isinstance(text, str):
+        raise TypeError(text)
+    logprobs = choice.get("prompt_logprobs") or choice.get("logprobs")
+    return Choice(text=text, finished=choice["finish_reason"] != "length", logprobs=logprobs)
+
+
+def _reply_from(row: Any) -> Reply:
+    choices, prompt_tokens, completion_tokens = row
+    return Reply(
+        choices=tuple(Choice(text=text, finished=finished, logprobs=logprobs) for text, finished, logprobs in choices),
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+    )
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds the server asks to wait: a number, or a date."""
+    value = headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def _cost(config: ServerTeacherConfig, prompt_tokens: int, completion_tokens: int) -> float:
+    return (
+        prompt_tokens * config.price_per_million_prompt_tokens
+        + completion_tokens * config.price_per_million_completion_tokens
+    ) / 1e6
+
+
+def _read_key(config: ServerTeacherConfig) -> str | None:
+    if config.api_key_env is None:
+        return None
+    key = os.environ.get(config.api_key_env)
+    if not key:
+        raise ConfigError(f"api_key_env names the environment variable {config.api_key_env}, which is not set")
+    return key

@@ -1,0 +1,238 @@
+"""Teachers that give the student another trajectory to learn on: its own completion rewritten (MPD), or the teacher's.
+
+MPD: arXiv 2605.08776 [second-hand]; the prompt and the filters are ours, none were published.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Protocol, final
+
+from transformers import PreTrainedTokenizerBase
+
+from oprd.config import RewritingTeacherConfig, SequenceTeacherConfig
+from oprd.data.chat import decode, encode, fill
+from oprd.teacher.base import Teacher
+from oprd.teacher.writer import Ask, Writer, Written
+from oprd.types import (
+    Lost,
+    Message,
+    NotRewritten,
+    Prompt,
+    Reading,
+    Rollouts,
+    Tally,
+    TeacherTargets,
+    TextTargets,
+)
+
+REASONS = ("no_reply", "empty", "unfinished", "not_shorter", "no_answer", "other_answer")
+"""Why a rewriting is not learned on, in the order in which it is looked at."""
+
+
+class Judged(Protocol):
+    """What is asked of a verdict."""
+
+    @property
+    def correct(self) -> bool: ...
+
+    @property
+    def extracted(self) -> str | None:
+        """The final answer as it was found."""
+
+
+class Judge(Protocol):
+    """Compares final answers, and owns the processes it does so in."""
+
+    def verify(self, completions: Sequence[str], answers: Sequence[str]) -> Sequence[Judged]: ...
+
+    def close(self) -> None: ...
+
+
+@final
+class RewritingTeacher(Teacher):
+    """The writer rewrites each completion more briefly; `local` reads the result if the writer is white-box.
+
+    Where the result cannot be used the student's own completion stands: plain OPD if `local` can answer on it, and without
+    weight in the likelihood of the teacher's text. `stop`: the token that ends the student's turn.
+    """
+
+    provides = frozenset({TextTargets})
+
+    def __init__(
+        self,
+        config: RewritingTeacherConfig,
+        writer: Writer,
+        judge: Judge,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stop: int,
+        local: Teacher | None,
+        max_tokens: int,
+    ) -> None:
+        self._config = config
+        self._writer = writer
+        self._judge = judge
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._local = local
+        self._max_tokens = max_tokens
+        self._tallies: tuple[Tally, ...] = ()
+
+    def check_prompts(self, prompts: Iterable[Prompt]) -> None:
+        prompts = tuple(prompts)
+        for prompt in prompts:
+            self._question(prompt, "")
+        if self._local is not None:
+            self._local.check_prompts(prompts)
+
+    def prepare(self, rollouts: Rollouts) -> Rollouts:
+        texts = [decode(self._tokenizer, ids) for ids in rollouts.completion_ids]
+        answers = self._writer.write(
+            [[self._question(prompt, text)] for prompt, text in zip(rollouts.prompts, texts, strict=True)]
+        )
+        own = self._judge.verify(texts, [prompt.answer or "" for prompt in rollouts.prompts])
+        rewritten = [answer[0].texts[0].strip() if answer[0] is not None else "" for answer in answers]
+        same = self._judge.verify(rewritten, [verdict.extracted or "" for verdict in own])
+        ids = [(*encode(self._tokenizer, text), self._stop) for text in rewritten]
+        reasons = [
+            _reason(answer[0], text, len(new) >= length, verdict.extracted, agrees.correct)
+            for answer, text, new, length, verdict, agrees in zip(
+                answers, rewritten, ids, rollouts.lengths, own, same, strict=True
+            )
+        ]
+        self._report(rollouts, ids, reasons, own)
+        return replace(
+            rollouts,
+            completion_ids=tuple(
+                new if reason is None else old
+                for new, old, reason in zip(ids, rollouts.completion_ids, reasons, strict=True)
+            ),
+            finished=tuple(done or reason is None for done, reason in zip(rollouts.finished, reasons, strict=True)),
+            answers=tuple(None if reason is None else NotRewritten(reason=reason) for reason in reasons),
+        )
+
+    def tallies(self) -> tuple[Tally, ...]:
+        return self._tallies
+
+    def targets(self, rollouts: Rollouts, readings: Iterable[Reading], *, head: bool) -> TeacherTargets:
+        return TextTargets() if self._local is None else self._local.targets(rollouts, readings, head=head)
+
+    def comparable(self, rollouts: Rollouts, readings: Iterable[Reading]) -> tuple[Reading, ...]:
+        return () if self._local is None else self._local.comparable(rollouts, readings)
+
+    def close(self) -> None:
+        self._judge.close()
+
+    def _question(self, prompt: Prompt, completion: str) -> Ask:
+        columns = dict(prompt.columns) | {"prompt": prompt.messages[-1].content, "completion": completion}
+        turns = [Message(role="user", content=fill(self._config.rewrite_prompt, columns))]
+        if self._writer.system_prompt is not None:
+            turns.insert(0, Message(role="system", content=self._writer.system_prompt))
+        return Ask(messages=tuple(turns), max_tokens=self._max_tokens, temperature=self._config.sampling_temperature)
+
+    def _report(
+        self, rollouts: Rollouts, ids: Sequence[Sequence[int]], reasons: Sequence[str | None], own: Sequence[Judged]
+    ) -> None:
+        count = float(len(rollouts))
+        kept = [i for i, reason in enumerate(reasons) if reason is None]
+        counts = Counter(reasons)
+        known = [verdict.correct for prompt, verdict in zip(rollouts.prompts, own, strict=True) if prompt.answer]
+        self._tallies = (
+            Tally(name="rollout/accuracy/share", total=sum(known), of=float(len(known))),
+            Tally(name="rewrite/kept/share", total=float(len(kept)), of=count),
+            Tally(name="rewrite/length/mean", total=float(sum(len(ids[i]) for i in kept)), of=float(len(kept))),
+            Tally(
+                name="rewrite/replaced_length/mean",
+                total=float(sum(rollouts.lengths[i] for i in kept)),
+                of=float(len(kept)),
+            ),
+            *(Tally(name=f"rewrite/{reason}/sum", total=counts[reason]) for reason in REASONS),
+            *self._writer.tallies(),
+        )
+
+
+@final
+class SequenceTeacher(Teacher):
+    """The writer answers the prompts itself, and the student learns on that."""
+
+    provides = frozenset({TextTargets})
+
+    def __init__(
+        self,
+        config: SequenceTeacherConfig,
+        writer: Writer,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stop: int,
+        local: Teacher | None,
+        max_tokens: int,
+    ) -> None:
+        self._config = config
+        self._writer = writer
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._local = local
+        self._max_tokens = max_tokens
+        self._tallies: tuple[Tally, ...] = ()
+
+    def check_prompts(self, prompts: Iterable[Prompt]) -> None:
+        prompts = tuple(prompts)
+        for prompt in prompts:
+            self._writer.conversation(prompt)
+        if self._local is not None:
+            self._local.check_prompts(prompts)
+
+    def prepare(self, rollouts: Rollouts) -> Rollouts:
+        asks = [
+            Ask(
+                messages=self._writer.conversation(prompt),
+                max_tokens=self._max_tokens,
+                temperature=self._config.sampling_temperature,
+            )
+            for prompt in rollouts.prompts
+        ]
+        answers = [row[0] for row in self._writer.write([[ask] for ask in asks])]
+        ids = [self._ids(answer) for answer in answers]
+        lost = [answer is None for answer in answers]
+        lengths = [len(row) for row, gone in zip(ids, lost, strict=True) if not gone]
+        self._tallies = (
+            Tally(name="sequence/length/mean", total=float(sum(lengths)), of=float(len(lengths))),
+            Tally(name="sequence/lost/sum", total=sum(lost)),
+            *self._writer.tallies(),
+        )
+        return replace(
+            rollouts,
+            completion_ids=tuple(ids),
+            finished=tuple(bool(row) and row[-1] == self._stop for row in ids),
+            answers=tuple(Lost(reason="no_reply") if gone else None for gone in lost) if any(lost) else None,
+        )
+
+    def tallies(self) -> tuple[Tally, ...]:
+        return self._tallies
+
+    def targets(self, rollouts: Rollouts, readings: Iterable[Reading], *, head: bool) -> TeacherTargets:
+        return TextTargets() if self._local is None else self._local.targets(rollouts, readings, head=head)
+
+    def comparable(self, rollouts: Rollouts, readings: Iterable[Reading]) -> tuple[Reading, ...]:
+        return () if self._local is None else self._local.comparable(rollouts, readings)
+
+    def _ids(self, answer: Written | None) -> tuple[int, ...]:
+        """The teacher's text in the student's tokens, no longer than the student itself may write."""
+        if answer is None:
+            return ()
+        ids = encode(self._tokenizer, answer.texts[0])
+        return ((*ids, self._stop) if answer.finished[0] else ids)[: self._max_tokens]
+
+
+def _reason(answer: Written | None, text: str, longer: bool, extracted: str | None, same: bool) -> str | None:
+    """The first of REASONS that holds; None for a rewriting that is learned on."""
+    checks = {
+        "no_reply": answer is None,
+        "empty": not text,
+        "unfinished": answer is not None and not answer.finished[0],
+        "not_shorter": longer,
+        "no_answer": extracted is None,
+        "other_answer": not same,
+    }
+    return next((reason for reason, holds in checks.items() if holds), None)

@@ -1,0 +1,232 @@
+"""The client against a real server that misbehaves: what is lost is counted, nothing is paid twice, no budget is passed."""
+
+import json
+import sqlite3
+import threading
+from collections import Counter
+
+import pytest
+
+from oprd.config import ServerTeacherConfig
+from oprd.errors import ConfigError, ServerError
+from oprd.teacher.client import Call, Client
+from serving import TEACHER, FaultyServer
+
+SECRET = "sk-very-secret-0123456789"
+
+
+def config(server: FaultyServer, **changes) -> ServerTeacherConfig:
+    return ServerTeacherConfig(
+        base_url=server.url,
+        model="teacher",
+        tokenizer=str(TEACHER),
+        **{"request_timeout_s": 10.0, "step_timeout_s": 20.0, "max_retries": 2, "max_lost_share": 0.5} | changes,
+    )
+
+
+def client(server: FaultyServer, folder, **changes) -> Client:
+    return Client(config(server, **changes), cache=folder / "cache.sqlite", run="run")
+
+
+def call(text: str, samples: int = 1, max_tokens: int = 6) -> Call:
+    body = {"prompt": text, "max_tokens": max_tokens, "temperature": 1.0} | ({"n": samples} if samples > 1 else {})
+    return Call(
+        endpoint="completions",
+        body=body,
+        samples=samples,
+        most_prompt_tokens=len(text),
+        most_completion_tokens=samples * max_tokens,
+    )
+
+
+CALLS = [[call(f"{i}+{j}") for j in range(3)] for i in range(4)]
+
+
+def counts(client: Client) -> dict[str, float]:
+    return {tally.name.split("/")[1]: tally.total for tally in client.tallies()}
+
+
+@pytest.fixture
+def server():
+    with FaultyServer() as running:
+        yield running
+
+
+def test_equal_calls_of_a_step_are_different_draws_and_the_same_step_again_is_not_paid_again(server, tmp_path):
+    asked = client(server, tmp_path)
+    chains = [[call("1+2", max_tokens=12)] for _ in range(6)]
+    first = asked.send(chains)
+    assert len({reply.choices[0].text for (reply,) in first}) > 1
+    assert counts(asked) == {
+        "requests": 6, "retries": 0, "cache_hits": 0, "lost": 0, "prompt_tokens": 18, "cost": 0.0,
+        "completion_tokens": sum(reply.completion_tokens for (reply,) in first),
+    }  # fmt: skip
+    again = client(server, tmp_path)
+    assert again.send(chains) == first
+    assert counts(again)["cache_hits"] == 6
+    assert server.requests == 6
+
+
+def test_another_model_temperature_or_length_is_another_question(server, tmp_path):
+    client(server, tmp_path).send([[call("1+2")]])
+    client(server, tmp_path).send([[call("1+2", max_tokens=5)]])
+    Client(
+        ServerTeacherConfig(base_url=server.url, model="other", tokenizer=str(TEACHER)),
+        cache=tmp_path / "cache.sqlite",
+        run="run",
+    ).send([[call("1+2")]])
+    assert server.requests == 3
+
+
+def test_calls_of_a_chain_go_in_order_and_chains_side_by_side_up_to_the_limit(server, tmp_path):
+    client(server, tmp_path, concurrency=2).send(CALLS)
+    order = {json.loads(body)["prompt"]: at for at, body in enumerate(server.generated)}
+    asked = [[order[f"{i}+{j}"] for j in range(3)] for i in range(4)]
+    assert all(row == sorted(row) for row in asked)
+    # two at a time: the last two chains begin after one of the first two has ended
+    assert min(asked[2][0], asked[3][0]) > min(asked[0][2], asked[1][2])
+
+
+@pytest.mark.parametrize("fault", ["500", "cut", "not json", "wrong json", "empty", "fewer", "longer", "429"])
+def test_a_fault_that_passes_costs_a_retry_and_no_answer(fault, server, tmp_path):
+    server.fault = lambda number: fault if number % 3 == 0 else None
+    asked = client(server, tmp_path, max_retries=6)
+    chains = [[call(f"{i}+{j}", samples=2) for j in range(2)] for i in range(4)]
+    replies = asked.send(chains)
+    assert all(reply is not None and len(reply.choices) == 2 for chain in replies for reply in chain)
+    told = counts(asked)
+    assert told["retries"] == server.requests - 8 > 0
+    assert told["requests"] == server.requests
+    calm = FaultyServer()
+    with calm:
+        assert client(calm, tmp_path / "calm").send(chains) == replies  # the faults changed no answer
+
+
+@pytest.mark.parametrize("fault", ["500", "cut", "not json", "empty", "fewer", "longer"])
+def test_a_fault_that_stays_loses_that_call_alone(fault, server, tmp_path):
+    asked = client(server, tmp_path, max_retries=1, concurrency=1)
+    server.fault = lambda number: fault if number in {1, 2} else None
+    replies = asked.send([[call("1+2", samples=2)], [call("3+4", samples=2)]])
+    assert [row[0] is None for row in replies] == [True, False]
+    assert counts(asked)["lost"] == 1
+
+
+def test_a_call_that_hangs_is_given_up_at_its_limit_and_the_rest_goes_on(server, tmp_path):
+    server.fault = lambda number: "hang" if number == 1 else None
+    asked = client(server, tmp_path, request_timeout_s=0.5, max_retries=0, concurrency=1)
+    replies = asked.send([[call("1+2")], [call("3+4")]])
+    assert replies[0] == [None]
+    assert replies[1][0] is not None
+
+
+def test_a_step_ends_at_its_limit_whatever_hangs(server, tmp_path):
+    server.fault = lambda number: "hang" if number > 2 else None
+    asked = client(server, tmp_path, step_timeout_s=1.0, concurrency=1)
+    with pytest.raises(ServerError, match=r"2 of 4 replies .* \(2 x no reply within step_timeout_s=1\)"):
+        client(server, tmp_path, step_timeout_s=1.0, max_lost_share=0.1).send([[call(f"{i}+1")] for i in range(4)])
+    assert asked._cache.is_file()
+
+
+def test_too_many_lost_replies_stop_the_run_saying_why(server, tmp_path):
+    server.fault = lambda number: "500"
+    with pytest.raises(
+        ServerError, match=r"4 of 4 replies of this step were lost \(4 x HTTP 500\).*max_lost_share=0.5"
+    ):
+        client(server, tmp_path, max_retries=1).send([[call(f"{i}+1")] for i in range(4)])
+
+
+def test_a_storm_of_429_stops_the_run_with_advice_and_what_was_answered_is_kept(server, tmp_path):
+    server.fault = lambda number: "429" if number > 3 else None
+    with pytest.raises(ServerError, match=r"too many requests.*Lower concurrency or wait, then resume"):
+        client(server, tmp_path, concurrency=1).send([[call(f"{i}+1")] for i in range(6)])
+    server.fault = lambda number: None
+    asked = client(server, tmp_path)
+    asked.send([[call(f"{i}+1")] for i in range(6)])
+    assert counts(asked)["cache_hits"] == 3
+    assert max(Counter(server.generated).values()) == 1
+
+
+def test_a_server_that_dies_and_comes_back_costs_nothing_but_time(server, tmp_path):
+    server.fault = lambda number: "die" if number == 4 else None
+    threading.Timer(1.5, server.start).start()
+    replies = client(server, tmp_path, concurrency=1, max_retries=5).send([[call(f"{i}+1")] for i in range(6)])
+    assert all(row[0] is not None for row in replies)
+    assert max(Counter(server.generated).values()) == 1
+
+
+def test_a_server_that_stays_away_stops_the_run_saying_what_to_do(server, tmp_path):
+    server.fault = lambda number: "die" if number == 3 else None
+    with pytest.raises(ServerError, match=r"no connection. Is it running, is base_url right\? Start it and resume"):
+        client(server, tmp_path, concurrency=1).send([[call(f"{i}+1")] for i in range(6)])
+    server.start()
+    server.fault = lambda number: None
+    asked = client(server, tmp_path)
+    asked.send([[call(f"{i}+1")] for i in range(6)])
+    assert counts(asked)["cache_hits"] == 2
+    assert max(Counter(server.generated).values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("budget", "most"),
+    [({"max_requests": 5}, 5), ({"max_tokens": 40}, 4), ({"max_cost": 4e-5}, 4)],
+    ids=["requests", "tokens", "money"],
+)
+def test_a_budget_stops_the_run_before_it_is_passed_and_holds_over_restarts(budget, most, server, tmp_path):
+    prices = {"price_per_million_prompt_tokens": 1.0, "price_per_million_completion_tokens": 1.0}
+    name, limit = next(iter(budget.items()))
+    chains = [[call(f"{i}+1", max_tokens=6)] for i in range(9)]
+    for _ in range(2):
+        with pytest.raises(ServerError, match=f"could pass {name}={limit}. Raise it and resume"):
+            client(server, tmp_path, **prices | budget).send(chains)
+    assert server.requests >= most - 1
+    with sqlite3.connect(tmp_path / "cache.sqlite") as database:
+        requests, prompt, completion = database.execute(
+            "SELECT requests, prompt_tokens, completion_tokens FROM spent"
+        ).fetchone()
+    spent = {"max_requests": requests, "max_tokens": prompt + completion, "max_cost": (prompt + completion) / 1e6}
+    assert requests == server.requests
+    assert 0.7 * limit <= spent[name] <= limit
+    asked = client(server, tmp_path)
+    asked.send(chains)
+    assert max(Counter(server.generated).values()) == 1
+
+
+def test_a_lost_reply_counts_in_the_budget_as_much_as_it_can_have_cost(server, tmp_path):
+    server.fault = lambda number: "cut"
+    with pytest.raises(ServerError):
+        client(server, tmp_path, max_retries=1, max_lost_share=0.0).send([[call("1+2", max_tokens=6)]])
+    with sqlite3.connect(tmp_path / "cache.sqlite") as database:
+        assert database.execute("SELECT requests, prompt_tokens, completion_tokens FROM spent").fetchone() == (2, 6, 12)
+
+
+def test_the_key_goes_to_the_server_and_nowhere_else(server, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TEST_KEY", SECRET)
+    client(server, tmp_path, api_key_env="TEST_KEY").send([[call("1+2")]])
+    assert server.headers == [f"Bearer {SECRET}"]
+    server.fault = lambda number: "401"  # this server repeats the key in its error
+    with pytest.raises(ServerError, match=r"HTTP 401: .*Bearer \[key\].*api_key_env names \(TEST_KEY\)") as caught:
+        client(server, tmp_path, api_key_env="TEST_KEY").send([[call("3+4")]])
+    assert SECRET not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert not any(SECRET.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    assert SECRET not in "".join(capfd.readouterr())
+
+
+def test_a_key_that_is_not_set_and_a_key_in_place_of_its_name_are_refused(server, tmp_path, monkeypatch):
+    monkeypatch.delenv("TEST_KEY", raising=False)
+    with pytest.raises(ConfigError, match="environment variable TEST_KEY, which is not set"):
+        client(server, tmp_path, api_key_env="TEST_KEY")
+    with pytest.raises(ConfigError, match="must be the name of an environment variable") as caught:
+        config(server, api_key_env=SECRET)
+    assert SECRET not in str(caught.value)
+
+
+def test_without_a_key_none_is_taken_from_elsewhere(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    client(server, tmp_path).send([[call("1+2")]])
+    assert server.headers == ["Bearer none"]
+
+
+def test_a_server_that_is_not_there_is_said_after_the_retries(tmp_path):
+    with pytest.raises(ServerError, match="no connection"):
+        client(FaultyServer(), tmp_path, max_retries=1).send([[call("1+2")]])

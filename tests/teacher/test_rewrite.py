@@ -1,0 +1,184 @@
+"""Teachers that give the student another trajectory: which rewritings are learned on, and what is learned on otherwise."""
+
+import json
+from dataclasses import dataclass, field
+
+import pytest
+
+from conftest import MODELS, load_miniature, miniature_recipe
+from oprd.config import RewritingTeacherConfig, RewrittenConfig, SequenceTeacherConfig, parse_recipe
+from oprd.data.chat import decode
+from oprd.objectives import build_objectives
+from oprd.teacher.rewrite import RewritingTeacher, SequenceTeacher
+from oprd.teacher.writer import Writer, Written
+from oprd.train.run import run_recipe
+from oprd.train.talking import LazyJudge
+from oprd.types import Lost, Message, Prompt, Rollouts
+
+LOCAL = {"type": "local", "model": str(MODELS / "teacher"), "dtype": "float32"}
+
+
+@dataclass
+class Scripted(Writer):
+    """Says what it is told to; what a teacher makes of that is the thing under test."""
+
+    says: list[Written | None]
+    asked: list = field(default_factory=list)
+    system_prompt: str | None = None
+    prompt_template: str | None = None
+
+    def write(self, chains):
+        self.asked = [ask for chain in chains for ask in chain]
+        return [[answer] for answer in self.says]
+
+    def tallies(self):
+        return ()
+
+
+def said(text: str, finished: bool = True) -> Written:
+    return Written(texts=(text,), finished=(finished,), tokens=len(text))
+
+
+@pytest.fixture(scope="module")
+def judge():
+    judge = LazyJudge(timeout_s=5.0)
+    yield judge
+    judge.close()
+
+
+def rollouts(tokenizer, texts: list[str]) -> Rollouts:
+    prompts = tuple(
+        Prompt(row=i, messages=(Message(role="user", content="12+34-5"),), token_ids=(1,), answer="41")
+        for i in range(len(texts))
+    )
+    ids = tuple((*tokenizer(text)["input_ids"], tokenizer.eos_token_id) for text in texts)
+    return Rollouts(prompts=prompts, completion_ids=ids, finished=(True,) * len(texts))
+
+
+def told(teacher) -> dict[str, float]:
+    return {t.name: t.total if t.of is None else t.total / max(t.of, 1) for t in teacher.tallies()}
+
+
+def test_a_rewriting_is_learned_on_only_if_it_is_whole_shorter_and_ends_in_the_same_answer(judge):
+    tokenizer = load_miniature("teacher").tokenizer
+    long = "12+34=46, again 46\n46-5=41\n\\boxed{41}"
+    wrong = "12+34=46, again 46\n46-5=40\n\\boxed{40}"
+    before = rollouts(tokenizer, [long, long, long, long, long, long, "no answer here, only talk", wrong])
+    writer = Scripted(
+        [
+            said(" 46-5=41\n\\boxed{41.0} "),  # kept: 41.0 is 41
+            None,
+            said("  "),
+            said("\\boxed{41}", finished=False),
+            said(long),
+            said("\\boxed{42}"),
+            said("\\boxed{41}"),
+            said("\\boxed{40}"),  # kept: the answer of the student, though it is wrong
+        ]
+    )
+    teacher = RewritingTeacher(
+        RewritingTeacherConfig(teacher=None),
+        writer,
+        judge,
+        tokenizer,
+        stop=tokenizer.eos_token_id,
+        local=None,
+        max_tokens=80,
+    )
+    after = teacher.prepare(before)
+    reasons = [answer.reason if answer is not None else None for answer in after.answers]
+    assert reasons == [None, "no_reply", "empty", "unfinished", "not_shorter", "other_answer", "no_answer", None]
+    texts = [decode(tokenizer, ids, special=True) for ids in after.completion_ids]
+    assert texts[0] == "46-5=41\n\\boxed{41.0}<|end|>"
+    assert texts[7] == "\\boxed{40}<|end|>"
+    assert after.completion_ids[1:7] == before.completion_ids[1:7]
+    numbers = told(teacher)
+    assert numbers["rewrite/kept/share"] == 2 / 8
+    assert numbers["rollout/accuracy/share"] == 6 / 8
+    assert all(numbers[f"rewrite/{reason}/sum"] == 1 for reason in reasons if reason is not None)
+    assert numbers["rewrite/length/mean"] < numbers["rewrite/replaced_length/mean"]
+    (objective,) = build_objectives(RewrittenConfig(), blocks=4, vocabulary=262)
+    assert objective.divisor(after) == len(after.completion_ids[0]) + len(after.completion_ids[7])
+
+
+def test_the_rewriting_teacher_sees_the_problem_and_the_completion(judge):
+    tokenizer = load_miniature("teacher").tokenizer
+    writer = Scripted([said("\\boxed{41}")])
+    config = RewritingTeacherConfig(teacher=None, rewrite_prompt="{prompt} | {completion}", sampling_temperature=0.3)
+    RewritingTeacher(config, writer, judge, tokenizer, stop=tokenizer.eos_token_id, local=None, max_tokens=80).prepare(
+        rollouts(tokenizer, ["46, \\boxed{41}"])
+    )
+    (ask,) = writer.asked
+    assert ask.messages == (Message(role="user", content="12+34-5 | 46, \\boxed{41}"),)
+    assert (ask.prefix, ask.samples, ask.temperature) == ("", 1, 0.3)
+
+
+def test_a_sequence_teacher_puts_its_own_completions_in_place_of_the_students():
+    tokenizer = load_miniature("teacher").tokenizer
+    writer = Scripted([said("46"), said("123456", finished=False), None])
+    teacher = SequenceTeacher(
+        SequenceTeacherConfig(teacher=None), writer, tokenizer, stop=tokenizer.eos_token_id, local=None, max_tokens=4
+    )
+    after = teacher.prepare(rollouts(tokenizer, ["1", "2", "3"]))
+    assert [decode(tokenizer, ids, special=True) for ids in after.completion_ids] == ["46<|end|>", "1234", ""]
+    assert after.finished == (True, False, False)
+    assert [type(answer) for answer in after.answers] == [type(None), type(None), Lost]
+
+
+def steps(folder) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"type": "opd"},
+        {"type": "opd", "divergence": "forward_kl"},
+        {"type": "opd", "estimator": "top_k", "top_k": 4},
+        {"type": "opd", "estimator": "sampled", "redraw": True},
+        {"type": "mixture", "terms": [{"type": "opd"}, {"type": "nll"}]},
+    ],
+    ids=["reverse", "forward", "top_k", "sampled", "mixture"],
+)
+def test_a_white_box_rewriter_gives_every_estimator_of_the_kl_family(objective, tmp_path, train_file):
+    tree = miniature_recipe(
+        tmp_path / "run", train_file, teacher={"type": "rewrite", "teacher": LOCAL}, objective=objective, max_steps=1
+    )
+    run_recipe(parse_recipe(tree))
+    (row,) = steps(tmp_path / "run")
+    assert 0 <= row["rollout/accuracy/share"] <= 1
+    reasons = ("no_reply", "empty", "unfinished", "not_shorter", "no_answer", "other_answer")
+    rejected = sum(row[f"rewrite/{reason}/sum"] for reason in reasons)
+    assert rejected + row["rewrite/kept/share"] * 8 == 8
+    assert row["health/top_16_overlap/mean"] > 0
+
+
+def test_sequence_distillation_from_a_local_teacher_by_likelihood_and_by_kl(tmp_path, train_file):
+    for name, objective in (("nll", {"type": "nll"}), ("kl", {"type": "opd"})):
+        tree = miniature_recipe(
+            tmp_path / name,
+            train_file,
+            teacher={"type": "sequence", "teacher": LOCAL},
+            objective=objective,
+            max_steps=1,
+        )
+        run_recipe(parse_recipe(tree))
+        (row,) = steps(tmp_path / name)
+        assert row["sequence/length/mean"] > 20
+        assert row["train/loss/mean"] > 0
+
+
+def test_a_step_on_which_nothing_could_be_used_changes_no_weight_and_is_counted(tmp_path, train_file):
+    """Four tokens are no whole answer, neither of the student nor of the teacher."""
+    tree = miniature_recipe(
+        tmp_path / "run",
+        train_file,
+        teacher={"type": "rewrite", "teacher": LOCAL},
+        rollout={"group_size": 2, "max_completion_length": 4},
+        objective={"type": "nll"},
+        max_steps=1,
+    )
+    run_recipe(parse_recipe(tree))
+    (row,) = steps(tmp_path / "run")
+    assert row["rewrite/kept/share"] == 0
+    assert row["train/skipped_steps/total"] == 1
