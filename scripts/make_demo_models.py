@@ -211,7 +211,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-        if step % 50 == 0:
+        if step % 100 == 0:
             print(f"step {step}: loss {loss.item():.3f}", flush=True)
 
 

@@ -255,6 +255,12 @@ def test_the_kl_family_across_tokenizers_is_refused_but_for_sampled_reverse_kl(p
         build(parse_recipe(miniature_recipe(tmp_path, prompts, teacher=shared, objective=OPD)))
 
 
+def test_several_teachers_have_the_students_tokenizer(prompts, tmp_path):
+    several = {"type": "several", "teachers": {"near": WIDE | {"model": str(MODELS / "teacher")}, "far": WIDE}}
+    with pytest.raises(TeacherMismatch, match="teacher 'far' of several has another tokenizer"):
+        build(parse_recipe(miniature_recipe(tmp_path, prompts, teacher=several, objective=OPD)))
+
+
 def test_spans_have_each_models_own_log_probability(prompts, tmp_path):
     """12+34: the span `34` is two tokens of the student and one of the teacher."""
     run = build(parse_recipe(miniature_recipe(tmp_path, prompts, teacher=WIDE, objective=OPD)))

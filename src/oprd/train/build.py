@@ -468,6 +468,11 @@ def check_teachers(
             _check_shared_ids(tokenizer, theirs, member.model, uses_head=uses_head)
         elif not same_tokens:
             _aligner(tokenizer, tokenizers[name], None, member.model)
+    if several and not all(one.tokens for one in likeness.values()):
+        other = next(name for name, one in likeness.items() if not one.tokens)
+        raise TeacherMismatch(
+            f"teacher {other!r} of several has another tokenizer than the student; pairing tokens works with one teacher"
+        )
     return tokenizers, likeness
 
 

@@ -255,15 +255,15 @@ def _is_due(objective: object, step: int) -> TypeGuard[Bridge]:
 
 
 def _bridge_of(recipe: Recipe) -> BridgeConfig:
-    found = {
-        term: None
-        for stage in recipe.schedule()
-        for term in objective_terms(stage.objective)
-        if isinstance(term, BridgeConfig)
-    }
+    """The recipe's objective; of several stages that read one file, the first."""
+    found: dict[str, BridgeConfig] = {}
+    for stage in recipe.schedule():
+        for term in objective_terms(stage.objective):
+            if isinstance(term, BridgeConfig):
+                found.setdefault(term.bridge, term)
     if len(found) != 1:
-        raise ConfigError(f"fit-bridge needs a recipe with one objective 'oprd_bridge'; this one has {len(found)}")
-    return next(iter(found))
+        raise ConfigError(f"fit-bridge needs a recipe with one objective.bridge to write; this one has {len(found)}")
+    return next(iter(found.values()))
 
 
 def _sampling(recipe: Recipe) -> Sampling:
