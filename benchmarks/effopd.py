@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "effopd"
 RESULTS = ROOT / "benchmarks" / "results" / "effopd.json"
 STEPS, EVERY = 100, 10
-PLAIN_STEPS = {"2.5e-5": 400}
+PLAIN_STEPS = {"2.5e-5": 240, "1.25e-5": 240}
 """Of plain runs at a learning rate at which 100 steps lead nowhere."""
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "oprd": {"type": "oprd", "tokens": "all"},
@@ -92,6 +92,7 @@ def arm_of(name: str) -> Arm:
 
 def recipe_of(arm: Arm, train: Path, held_out: Path) -> Recipe:
     search = SEARCHES[arm.search]
+    steps = PLAIN_STEPS.get(arm.learning_rate, STEPS) if search is None else STEPS
     tree = {
         "student": {"model": str(MODELS / "base")},
         "teacher": {"type": "local", "model": str(MODELS / "teacher"), "dtype": "float32"},
@@ -101,8 +102,8 @@ def recipe_of(arm: Arm, train: Path, held_out: Path) -> Recipe:
         "evaluation": evaluation_options(held_out) | {"samples": 2, "max_sequences": 400},
         "output_dir": str(RUNS / arm.name),
         "prompts_per_step": arm.completions // 2,
-        "max_steps": PLAIN_STEPS.get(arm.learning_rate, STEPS) if search is None else STEPS,
-        "eval_steps": EVERY,
+        "max_steps": steps,
+        "eval_steps": max(EVERY, steps // 12),
         "learning_rate": float(arm.learning_rate),
         "lr_scheduler_type": "constant",
         "warmup_ratio": 0.0,
