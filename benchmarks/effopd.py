@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "effopd"
 RESULTS = ROOT / "benchmarks" / "results" / "effopd.json"
 STEPS, EVERY = 100, 10
-PLAIN_STEPS = {"2.5e-5": 240, "1.25e-5": 240}
+PLAIN_STEPS = {"2.5e-5": 240, "1.25e-5": 200}
 """Of plain runs at a learning rate at which 100 steps lead nowhere."""
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "oprd": {"type": "oprd", "tokens": "all"},
