@@ -1,6 +1,6 @@
-"""What extrapolation saves, arm by arm on the miniature: `python benchmarks/effopd.py [ARM ...]` (all missing ones by default).
+"""What extrapolation saves, arm by arm on the miniature: `python benchmarks/effopd.py ARM ...`.
 
-An arm is a recipe: objective, learning rate, completions a step, search, seed. Each is trained with a constant learning
+An arm is a recipe: objective, learning rate, completions a step, variant, seed. Each is trained with a constant learning
 rate and scored on 200 held-out problems (2 samples each, temperature 1) on the way; the seconds of training are CPU seconds
 of the steps on one thread, searches included, evaluations not. Finished arms are kept in benchmarks/results/effopd.json; an interrupted one goes
 on from its checkpoint.
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "effopd"
 RESULTS = ROOT / "benchmarks" / "results" / "effopd.json"
 STEPS, EVERY = 100, 10
-PLAIN_STEPS = {"2.5e-5": 400}
+PLAIN_STEPS = {"2.5e-5": 240, "1.25e-5": 200}
 """Of plain runs at a learning rate at which 100 steps lead nowhere."""
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "oprd": {"type": "oprd", "tokens": "all"},
@@ -36,35 +36,36 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "sampled": {"type": "opd", "estimator": "sampled"},
 }
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-SEARCHES: dict[str, dict[str, Any] | None] = {
-    "plain": None,
-    "paper": {"type": "effopd"},
-    "objective": {"type": "effopd", "score": "objective", "accept": "paired"},
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    # searches: as published, and with what is ours
+    "paper": {"extrapolation": {"type": "effopd"}},
+    "objective": {"extrapolation": {"type": "effopd", "score": "objective", "accept": "paired"}},
     "averaged": {
-        "type": "effopd",
-        "score": "objective",
-        "factors": [1.0, 2.0, 4.0, 8.0],
-        "triggers": "every_n",
-        "every": 16,
-    },
-    "often": {
-        "type": "effopd",
-        "score": "objective",
-        "accept": "paired",
-        "validation_prompts": 16,
-        "factors": [1.0, 2.0, 4.0, 8.0],
-        "triggers": "every_n",
-        "every": 4,
+        "extrapolation": {
+            "type": "effopd",
+            "score": "objective",
+            "factors": [1.0, 2.0, 4.0, 8.0],
+            "triggers": "every_n",
+            "every": 16,
+        }
     },
     "small": {
-        "type": "effopd",
-        "score": "objective",
-        "accept": "paired",
-        "validation_prompts": 16,
-        "factors": [0.5, 1.0, 2.0, 4.0, 8.0],
-        "triggers": "every_n",
-        "every": 8,
+        "extrapolation": {
+            "type": "effopd",
+            "score": "objective",
+            "accept": "paired",
+            "validation_prompts": 16,
+            "factors": [0.5, 1.0, 2.0, 4.0, 8.0],
+            "triggers": "every_n",
+            "every": 8,
+        }
     },
+    # rollouts: a quarter of the length throughout, and growing to the whole
+    "short16": {"rollout": {"max_completion_length": 16}},
+    "growing": {"rollout": {"length_schedule": {"type": "linear", "start": 8, "steps": 80}}},
+    # as many tokens supervised as in short16, behind whole rollouts
+    "first16": {"objective": {"tokens": "first_k", "k": 16}},
 }
 
 
@@ -76,23 +77,24 @@ class Arm:
     learning_rate: str
     completions: int
     """A step, two of each prompt."""
-    search: str
+    variant: str
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.objective}-{self.learning_rate}-{self.completions}-{self.search}-{self.seed}"
+        return f"{self.objective}-{self.learning_rate}-{self.completions}-{self.variant}-{self.seed}"
 
 
 def arm_of(name: str) -> Arm:
     objective, rest = name.split("-", 1)
-    rate, completions, search, seed = rest.rsplit("-", 3)
-    return Arm(objective=objective, learning_rate=rate, completions=int(completions), search=search, seed=int(seed))
+    rate, completions, variant, seed = rest.rsplit("-", 3)
+    return Arm(objective=objective, learning_rate=rate, completions=int(completions), variant=variant, seed=int(seed))
 
 
 def recipe_of(arm: Arm, train: Path, held_out: Path) -> Recipe:
-    search = SEARCHES[arm.search]
-    tree = {
+    changes = VARIANTS[arm.variant]
+    steps = PLAIN_STEPS.get(arm.learning_rate, STEPS) if arm.variant == "plain" else STEPS
+    tree: dict[str, Any] = {
         "student": {"model": str(MODELS / "base")},
         "teacher": {"type": "local", "model": str(MODELS / "teacher"), "dtype": "float32"},
         "objective": OBJECTIVES[arm.objective],
@@ -101,8 +103,8 @@ def recipe_of(arm: Arm, train: Path, held_out: Path) -> Recipe:
         "evaluation": evaluation_options(held_out) | {"samples": 2, "max_sequences": 400},
         "output_dir": str(RUNS / arm.name),
         "prompts_per_step": arm.completions // 2,
-        "max_steps": PLAIN_STEPS.get(arm.learning_rate, STEPS) if search is None else STEPS,
-        "eval_steps": EVERY,
+        "max_steps": steps,
+        "eval_steps": max(EVERY, steps // 12),
         "learning_rate": float(arm.learning_rate),
         "lr_scheduler_type": "constant",
         "warmup_ratio": 0.0,
@@ -112,7 +114,7 @@ def recipe_of(arm: Arm, train: Path, held_out: Path) -> Recipe:
         "seed": arm.seed,
         "resume_from_checkpoint": "latest",
     }
-    return parse_recipe(tree | ({} if search is None else {"extrapolation": search}))
+    return parse_recipe(tree | {key: tree.get(key, {}) | change for key, change in changes.items()})
 
 
 def measure(arm: Arm, folder: Path) -> dict[str, Any]:
@@ -153,12 +155,12 @@ def first_reaching(x: list[float], y: list[float], level: float) -> float | None
 
 
 def summarize(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """By setting and search: final accuracy, and where 90% of the plain runs' gain is reached, on the mean over seeds."""
+    """By setting and variant: final accuracy, and where 90% of the plain runs' gain is reached, on the mean over seeds."""
     by_setting: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for name, arm in sorted(arms.items()):
         parts = arm_of(name)
         setting = f"{parts.objective}-{parts.learning_rate}-{parts.completions}"
-        by_setting.setdefault(setting, {}).setdefault(parts.search, []).append(arm)
+        by_setting.setdefault(setting, {}).setdefault(parts.variant, []).append(arm)
     table: dict[str, Any] = {}
     for setting, searches in by_setting.items():
         if "plain" not in searches:
@@ -185,12 +187,12 @@ def rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 1)
 
 
-def draw(arms: dict[str, dict[str, Any]], settings: list[str], searches: list[str], out: Path) -> None:
+def draw(arms: dict[str, dict[str, Any]], settings: list[str], variants: list[str], out: Path) -> None:
     """Accuracy against steps, seconds and generated tokens, mean over seeds, as one SVG: a row for each setting."""
     width, height, gap = 300, 200, 56
     parts = []
     for row, setting in enumerate(settings):
-        found = {s: [arm for name, arm in arms.items() if name.startswith(f"{setting}-{s}-")] for s in searches}
+        found = {s: [arm for name, arm in arms.items() if name.startswith(f"{setting}-{s}-")] for s in variants}
         found = {s: runs for s, runs in found.items() if runs}
         for column, against in enumerate(("step", "seconds", "generated_tokens")):
             x0, y0 = gap + column * (width + gap), 30 + row * (height + gap)
@@ -224,6 +226,8 @@ def draw(arms: dict[str, dict[str, Any]], settings: list[str], searches: list[st
 
 
 def main(names: list[str]) -> None:
+    if not names:
+        sys.exit(f"name at least one arm, such as oprd-1e-4-64-plain-0; variants: {', '.join(VARIANTS)}")
     torch.set_num_threads(1)
     # the machine is shared: the CPU seconds of this one thread are what the wall would show were it alone
     log.time = SimpleNamespace(perf_counter=time.process_time)

@@ -25,20 +25,24 @@ def matrix(*singular: float, rotate: int = 0) -> torch.Tensor:
 
 def test_norm_energy_and_cosine_by_hand():
     update = matrix(3, 2, 1, 1, 1, 0)
-    row = _measure(5, 2, "mlp.up_proj", update, torch.full((6, 6), 2 / 3), _left(update))
+    row = _measure(5, 2, "mlp.up_proj", update, torch.full((6, 6), 2 / 3), 2 * update, _left(update))
     assert row.norm == pytest.approx(4.0)  # sqrt(9 + 4 + 1 + 1 + 1)
     assert row.relative_norm == pytest.approx(1.0)  # W_0 has norm sqrt(36 * 4/9) = 4
     assert row.top_energy == pytest.approx(15 / 16)
+    assert row.cosine == pytest.approx(1.0)
     assert row.subspace_cosine == pytest.approx(1.0)
     # two of the four top directions are shared: the principal angles are 0, 0, 90, 90 degrees
     other = matrix(6, 5, 4, 3, 2, 1, rotate=2)
-    turned = _measure(5, 2, "mlp.up_proj", other, torch.ones(6, 6), _left(matrix(6, 5, 4, 3, 2, 1)))
+    last = matrix(6, 5, 4, 3, 2, 1)
+    turned = _measure(5, 2, "mlp.up_proj", other, torch.ones(6, 6), last, _left(last))
+    assert turned.cosine == 0.0
     assert turned.subspace_cosine == pytest.approx(0.5)
 
 
 def test_an_update_of_zero_has_no_direction_and_breaks_nothing():
-    row = _measure(1, 1, "k", torch.zeros(6, 6), torch.ones(6, 6), _left(matrix(1, 1, 1, 1, 1, 1)))
-    assert (row.norm, row.top_energy) == (0.0, 0.0)
+    last = matrix(1, 1, 1, 1, 1, 1)
+    row = _measure(1, 1, "k", torch.zeros(6, 6), torch.ones(6, 6), last, _left(last))
+    assert (row.norm, row.cosine, row.top_energy) == (0.0, 0.0, 0.0)
     assert math.isfinite(row.subspace_cosine)
 
 

@@ -82,3 +82,22 @@ def test_a_run_that_is_still_going_is_shown_as_far_as_it_has_come(tmp_path):
 def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
     with pytest.raises(RunFolderError, match="is not a run folder"):
         write_report([tmp_path], tmp_path / "r.html")
+
+
+def test_searches_and_updates_are_drawn_where_a_run_has_them(tmp_path):
+    run = make_run(tmp_path / "one")
+    page = write_report([run], tmp_path / "r.html").read_text()
+    assert "Extrapolation: factor accepted" not in page
+    search = {"step": 2, "accepted": 6.0, "score": 0.4, "candidates": []}
+    (run / "searches.jsonl").write_text(json.dumps(search) + "\n")
+    matrix = {"step": 3, "block": 1, "kind": "mlp.up_proj", "norm": 2.0, "relative_norm": 0.1}
+    matrix |= {"cosine": 1.0, "top_energy": 0.5, "subspace_cosine": 1.0}
+    scores = {"benchmark": "aime24", "early_step": 1, "before": 0.1, "early": 0.2, "rescaled": 0.3, "final": 0.4}
+    (run / "updates.json").write_text(json.dumps({"rank": 4, "matrices": [matrix], "far_early": [scores]}))
+    page = write_report([run], tmp_path / "r.html").read_text()
+    titles = (
+        "Extrapolation: factor accepted",
+        "Energy of the update in its top 4 directions",
+        "go far early, from step 1",
+    )
+    assert all(title in page for title in titles)

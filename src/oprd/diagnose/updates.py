@@ -1,7 +1,7 @@
 """Where a run was going, and how early it knew: its update W_t - W_0 from the kept checkpoints. After arXiv 2605.11739.
 
-By weight matrix: norm, share of energy in the top singular directions, cosine of the dominant subspace with the last
-checkpoint's. And "go far early": an early checkpoint whose update is rescaled, matrix by matrix, to the final norm.
+By weight matrix: norm, cosine with the last checkpoint's, share of energy in the top singular directions, cosine of the
+dominant subspace with the last checkpoint's. And "go far early": an early checkpoint whose update is rescaled, matrix by matrix, to the final norm.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from oprd.config import Recipe, parse_recipe
 from oprd.data.chat import stop_ids
@@ -46,6 +47,8 @@ class MatrixUpdate:
     """Frobenius norm of W_t - W_0."""
     relative_norm: float
     """Divided by that of W_0."""
+    cosine: float
+    """With the last checkpoint's update, entry by entry: 1 throughout on a straight path."""
     top_energy: float
     """Share of the squared singular values in the RANK largest."""
     subspace_cosine: float
@@ -92,7 +95,7 @@ def diagnose_updates(run: Path) -> Path:
             update = last if path == found[-1] else _update(path, start, scale)
             for name, (block, kind) in blocks.items():
                 if name in update:
-                    rows.append(_measure(step, block, kind, update[name], start[name], bases[name]))
+                    rows.append(_measure(step, block, kind, update[name], start[name], last[name], bases[name]))
             updates[step] = update if step in (_early(steps, recipe.max_steps), steps[-1]) else {}
             bar.advance(1)
     early = _early(steps, recipe.max_steps)
@@ -158,7 +161,10 @@ def _left(update: Tensor) -> Tensor:
     return torch.linalg.svd(update, full_matrices=False).U[:, :RANK]
 
 
-def _measure(step: int, block: int, kind: str, update: Tensor, start: Tensor, last: Tensor) -> MatrixUpdate:
+def _measure(
+    step: int, block: int, kind: str, update: Tensor, start: Tensor, last: Tensor, base: Tensor
+) -> MatrixUpdate:
+    """`last` is the last checkpoint's update, `base` its top left singular vectors."""
     svd = torch.linalg.svd(update, full_matrices=False)
     energy = svd.S.double().square()
     norm = float(energy.sum().sqrt())
@@ -168,8 +174,9 @@ def _measure(step: int, block: int, kind: str, update: Tensor, start: Tensor, la
         kind=kind,
         norm=norm,
         relative_norm=norm / float(start.double().norm()),
+        cosine=float(cosine_similarity(update.flatten().double(), last.flatten().double(), dim=0)),
         top_energy=float(energy[:RANK].sum() / energy.sum()) if norm > 0 else 0.0,
-        subspace_cosine=float(torch.linalg.svdvals(svd.U[:, :RANK].T @ last).clamp(max=1).mean()),
+        subspace_cosine=float(torch.linalg.svdvals(svd.U[:, :RANK].T @ base).clamp(max=1).mean()),
     )
 
 
@@ -198,7 +205,9 @@ def _far_early(
     benchmarks = load_benchmarks(config, lm.tokenizer, context=context)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     nn.Module.to(lm.model, device).eval()
-    engine = HFEngine(lm, stop_ids(lm.tokenizer, lm.core.generation_config), max_sequences=config.max_sequences)
+    # the run's own batches: on one process the scores of start and end are those of its evaluations
+    batches = recipe.rollout.max_sequences
+    engine = HFEngine(lm, stop_ids(lm.tokenizer, lm.core.generation_config), max_sequences=batches)
     variants = {"before": {}, "early": early, "rescaled": rescaled(early, final), "final": final}
     scores: dict[str, dict[str, float]] = {}
     with Verifier(timeout_s=config.verify_timeout_s) as verifier:

@@ -246,6 +246,7 @@ def _searches(runs: Sequence[RunFiles]) -> go.Figure | None:
 
 UPDATE_PLOTS = (
     ("relative_norm", "Update by matrix kind", "norm of W_t - W_0 over that of W_0"),
+    ("cosine", "Update against the last checkpoint's", "cosine"),
     ("top_energy", "Energy of the update in its top {rank} directions", "share"),
     ("subspace_cosine", "Top {rank} directions against the last checkpoint's", "cosine"),
 )
