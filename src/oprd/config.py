@@ -384,8 +384,8 @@ class OmniOPDConfig:
     """C."""
     continuations: Positive = 10
     """The teacher's, of each audited prefix: N."""
-    teacher_temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
-    """Ours: not published."""
+    teacher_temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """Ours: not published. Greedy continuations would all be the same."""
     similarity: Literal["edit", "embedding"] = "edit"
     """1 - Levenshtein / longer length, over characters, or the cosine of sentence embeddings cut to [0, 1]."""
     embedding_model: str | None = None

@@ -409,7 +409,7 @@ def _read_reply(text: str, call: Call) -> Reply:
     """Raises _BadReplyError for anything but the whole reply that was asked for."""
     try:
         reply = json.loads(text)
-        choices = tuple(_read_choice(choice, call.endpoint) for choice in reply["choices"])
+        choices = tuple(_read_choice(choice, call) for choice in reply["choices"])
         usage = reply.get("usage") or {}
         prompt = int(usage.get("prompt_tokens", call.most_prompt_tokens))
         completion = int(usage.get("completion_tokens", call.most_completion_tokens))
@@ -424,11 +424,12 @@ def _read_reply(text: str, call: Call) -> Reply:
     return Reply(choices=choices, prompt_tokens=prompt, completion_tokens=completion)
 
 
-def _read_choice(choice: Mapping[str, Any], endpoint: str) -> Choice:
-    text = choice["text"] if endpoint == "completions" else choice["message"]["content"] or ""
+def _read_choice(choice: Mapping[str, Any], call: Call) -> Choice:
+    text = choice["text"] if call.endpoint == "completions" else choice["message"]["content"] or ""
     if not isinstance(text, str):
         raise TypeError(text)
-    logprobs = choice.get("prompt_logprobs") or choice.get("logprobs")
+    # vLLM answers an echo in both forms
+    logprobs = choice.get("prompt_logprobs" if "prompt_logprobs" in call.body else "logprobs")
     return Choice(text=text, finished=choice["finish_reason"] != "length", logprobs=logprobs)
 
 
