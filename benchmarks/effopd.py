@@ -7,6 +7,7 @@ on from its checkpoint.
 """
 
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from oprd.train.run_folder import describe_machine, read_jsonl
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "effopd"
 RESULTS = ROOT / "benchmarks" / "results" / "effopd.json"
+FIGURE = ROOT / "docs" / "fewer_steps.svg"
 STEPS, EVERY = 100, 10
 PLAIN_STEPS = {"2.5e-5": 240, "1.25e-5": 200}
 """Of plain runs at a learning rate at which 100 steps lead nowhere."""
@@ -198,23 +200,25 @@ def draw(arms: dict[str, dict[str, Any]], settings: list[str], variants: list[st
             x0, y0 = gap + column * (width + gap), 30 + row * (height + gap)
             curves = {s: curve(runs, against) for s, runs in found.items()}
             most = max(x[-1] for x, _ in curves.values())
-            low, high = 0.2, 1.0
+            low, high = 0.2, math.ceil(10 * max(max(y) for _, y in curves.values())) / 10
             parts.append(f'<rect x="{x0}" y="{y0}" width="{width}" height="{height}" fill="none" stroke="#999"/>')
             parts += [
                 f'<text x="{x0 - 6}" y="{y0 + height * (1 - (v - low) / (high - low)) + 4:.0f}" text-anchor="end">{v}</text>'
-                for v in (0.2, 0.4, 0.6, 0.8, 1.0)
+                for v in (low, high)
             ]
             parts.append(f'<text x="{x0 + width}" y="{y0 + height + 15}" text-anchor="end">{most:.0f}</text>')
             parts.append(f'<text x="{x0}" y="{y0 + height + 15}">{against.replace("_", " ")}</text>')
             parts.append(f'<text x="{x0}" y="{y0 - 6}" font-weight="bold">{setting}</text>')
-            for i, (search, (x, y)) in enumerate(curves.items()):
+            for i, (variant, (x, y)) in enumerate(curves.items()):
+                colour = COLOURS[variants.index(variant) % len(COLOURS)]
                 points = " ".join(
                     f"{x0 + width * a / most:.1f},{y0 + height * (1 - (b - low) / (high - low)):.1f}"
                     for a, b in zip(x, y, strict=True)
                 )
-                parts.append(f'<polyline points="{points}" fill="none" stroke="{COLOURS[i]}" stroke-width="2"/>')
+                parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
                 parts.append(
-                    f'<text x="{x0 + 8}" y="{y0 + 18 + 15 * i}" fill="{COLOURS[i]}">{search} ({len(found[search])})</text>'
+                    f'<text x="{x0 + width - 8}" y="{y0 + height - 8 - 15 * i}" text-anchor="end" style="fill: {colour}">'
+                    f"{variant} ({len(found[variant])})</text>"
                 )
     size = f"{gap + 3 * (width + gap)} {30 + len(settings) * (height + gap)}"
     style = "<style>text { font: 12px sans-serif; fill: #555 }</style>"
@@ -245,6 +249,8 @@ def main(names: list[str]) -> None:
         known = {"arms": json.loads(RESULTS.read_text())["arms"] if RESULTS.is_file() else {}}
         known["arms"][name] = measure(arm, done.run_folder)
         summary = summarize(known["arms"])
+        settings = sorted({name.rsplit("-", 2)[0] for name in known["arms"]})
+        draw(known["arms"], settings, list(VARIANTS), FIGURE)
         RESULTS.write_text(json.dumps({"summary": summary, **known, "machine": describe_machine()}) + "\n")
         print(name, list(zip(known["arms"][name]["step"], known["arms"][name]["accuracy"], strict=True)), flush=True)
 
