@@ -88,7 +88,8 @@ class Client:
         """The reply to every call; None where it was lost. The calls of a chain go one after the other, chains side by side.
 
         Raises ServerError when nothing more can be had from the server or paid: the key is refused, the server is gone,
-        the budget would be passed, too many replies were lost (the config's share, or `max_lost_share`). Replies under way are waited for first, and kept.
+        the budget would be passed, too many replies were lost (the config's share, or `max_lost_share`). Replies under way
+        are waited for first, and kept.
         """
         self._counts = Counter()
         allowed = self._config.max_lost_share if max_lost_share is None else max_lost_share

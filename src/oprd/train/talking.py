@@ -88,9 +88,6 @@ def served_top_k(recipe: Recipe) -> int | None:
 class Served:
     """A server that has answered a first request."""
 
-    config: ServerTeacherConfig
-    client: Client
-    tokenizer: PreTrainedTokenizerBase | None
     writer: ServerWriter | None
     """None when only log-probabilities are asked for."""
     scorer: ServerTeacher | None
@@ -129,7 +126,7 @@ def connect(
             writer = ServerWriter(config, client, tokenizer)
             asked = next((prompt for prompt in prompts if name in {"", prompt.teacher}), prompts[0])
             writer.check(asked)
-        found[name] = Served(config=config, client=client, tokenizer=tokenizer, writer=writer, scorer=scorer)
+        found[name] = Served(writer=writer, scorer=scorer)
     return found
 
 
