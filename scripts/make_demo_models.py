@@ -33,7 +33,8 @@ SEED = 0
 BATCH, WARMUP, MUON_LR, ADAMW_LR = 32, 20, 5e-3, 2e-3
 BASE_STEPS, WRONG_SHARE = 1240, 0.15
 TEACHER_STEPS = 800
-WIDE_STEPS = 1800
+WIDE_PHASES = ((1800, 5e-3), (2000, 1e-2))
+"""Steps and Muon's rate. After the first a greedy wide teacher is off by one in 7% of the steps: avg@4 0.38."""
 PROBLEMS, SAMPLES, MAX_NEW_TOKENS = 200, 4, 64
 
 CHAT_TEMPLATE = (
@@ -189,13 +190,14 @@ def train(
     wrong_share: float,
     decay: bool,
     muon: type[torch.optim.Optimizer] = torch.optim.Muon,
+    muon_lr: float = MUON_LR,
 ) -> None:
     """Next-token loss. Muon on the matrices of the blocks: AdamW alone was slower in the few trials made."""
     model.train()
     matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     others = [model.model.embed_tokens.weight] + [weight for weight in model.parameters() if weight.ndim == 1]
     optimizers = (
-        muon(matrices, lr=MUON_LR, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        muon(matrices, lr=muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=ADAMW_LR, betas=(0.9, 0.95), weight_decay=0.0),
     )
 
@@ -276,9 +278,21 @@ def make_teacher() -> None:
 
 def make_wide_teacher() -> None:
     tokenizer = make_wide_tokenizer()
-    model = make_model(tokenizer, width=192, intermediate=320, blocks=6)
-    train(model, tokenizer, steps=WIDE_STEPS, first_seed=0, wrong_share=0.0, decay=True, muon=BatchedMuon)
-    save(model, tokenizer, "wide_teacher", f"{WIDE_STEPS} steps from random weights, every completion right")
+    model, done = make_model(tokenizer, width=192, intermediate=320, blocks=6), 0
+    for steps, rate in WIDE_PHASES:
+        train(
+            model,
+            tokenizer,
+            steps=steps,
+            first_seed=done,
+            wrong_share=0.0,
+            decay=True,
+            muon=BatchedMuon,
+            muon_lr=rate,
+        )
+        done += steps
+        save(model, tokenizer, "wide_teacher", f"{done} steps from random weights, every completion right")
+        model = AutoModelForCausalLM.from_pretrained(FOLDER / "wide_teacher", dtype=torch.float32)
 
 
 MAKERS = {"base": make_base, "teacher": make_teacher, "wide_teacher": make_wide_teacher}
