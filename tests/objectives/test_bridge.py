@@ -250,6 +250,10 @@ def test_the_kl_family_across_tokenizers_is_refused_but_for_sampled_reverse_kl(p
         with pytest.raises(TeacherMismatch, match="has another vocabulary"):
             build(parse_recipe(miniature_recipe(tmp_path, prompts, teacher=WIDE, objective=objective)))
     build(parse_recipe(miniature_recipe(tmp_path, prompts, teacher=WIDE, objective=OPD)))
+    stale = miniature_recipe(tmp_path, prompts, teacher=WIDE, objective=OPD)
+    stale["rollout"] = stale["rollout"] | {"updates_per_rollout": 2}
+    with pytest.raises(ConfigError, match="importance weights are taken by token"):
+        build(parse_recipe(stale))
     shared = WIDE | {"alignment": "shared_ids"}
     with pytest.raises(TeacherMismatch, match="mean nothing for the student's"):
         build(parse_recipe(miniature_recipe(tmp_path, prompts, teacher=shared, objective=OPD)))

@@ -18,7 +18,7 @@ MODELS = Path(__file__).parent / "models"
 TRAINING_PROBLEMS, HELD_OUT_PROBLEMS = 4000, 200
 OBJECTIVES = {
     # learning rates: the best tried for each objective on this task (benchmarks/results/demo.json) [ours]
-    "opd": ({"type": "opd", "divergence": "reverse_kl", "estimator": "sampled"}, 4e-4),
+    "opd": ({"type": "opd", "divergence": "reverse_kl", "estimator": "sampled"}, 8e-4),
     "oprd": ({"type": "oprd", "layers": "all", "tokens": "all"}, 4e-3),
 }
 

@@ -459,6 +459,11 @@ def check_teachers(
             if not across_tokenizers:
                 raise
             same_tokens = False
+            if uses_head and recipe.rollout.updates_per_rollout > 1:
+                raise ConfigError(
+                    f"rollout.updates_per_rollout is {recipe.rollout.updates_per_rollout}, but teacher {member.model} has "
+                    "another tokenizer: importance weights are taken by token, not by the span between two pairs. Set it to 1"
+                ) from None
         theirs = read_shape(model, member.gguf_file)
         if not across_shapes:
             check_same_shape(shape, theirs, member.model)
