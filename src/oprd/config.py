@@ -394,9 +394,9 @@ class OmniOPDConfig:
     """Weight of the student's own probability in the target, in continuations: alpha."""
     anchor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     """Coefficient of KL(student at start || student) outside the audited chunks: beta."""
-    baseline: Literal["none", "batch_mean", "leave_one_out"] = "none"
+    baseline: Literal["none", "batch_mean", "leave_one_out"] = "batch_mean"
     """Subtracted from the targets: nothing (as published), their mean over the step, or their mean over the prompt's
-    other completions [ours]. Without one the loss only ever reinforces."""
+    other completions [ours]. Without one the loss only ever reinforces, and the miniature lost accuracy."""
     coefficient: Coefficient = 1.0
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from oprd.teacher.writer import Ask, Writer
 from oprd.train.build import build
 from oprd.types import ChunkScores, Rollouts
 
-OMNI = {"type": "omni_opd", "chunk_tokens": 5, "chunks": 3, "continuations": 4}
+OMNI = {"type": "omni_opd", "chunk_tokens": 5, "chunks": 3, "continuations": 4, "baseline": "none"}
 
 
 def test_chunks_begin_at_the_highest_entropies_and_never_overlap_or_run_over_the_end():
