@@ -12,8 +12,8 @@ from oprd.config import HiddenMSEConfig, OutputKLConfig, load_recipe, parse_reci
 from oprd.data.collate import collate
 from oprd.train.build import Given, Run, build
 from oprd.train.log import Clock
-from oprd.train.loop import update_step
 from oprd.train.run import run_recipe
+from oprd.train.update import update_step
 from oprd.types import Rollouts
 
 TEACHER = {"type": "self", "system_prompt": "You are a pirate. Answer in pirate speech, in one short sentence."}

@@ -218,7 +218,7 @@ def test_paired_positions_pack_the_same_text_on_both_sides(bridge, prompts, tmp_
 def test_without_a_pair_the_run_stops_with_the_reason(bridge, prompts, tmp_path):
     from oprd.errors import TrainingStopped
     from oprd.train.log import Clock
-    from oprd.train.loop import update_step
+    from oprd.train.update import update_step
 
     run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge)))
     stray = run.lm.tokenizer("é")["input_ids"][1]  # a byte that begins no character

@@ -17,8 +17,8 @@ from oprd.models import check_same_tokens, read_states
 from oprd.teacher.local import LocalTeacher
 from oprd.train.build import build
 from oprd.train.log import Clock
-from oprd.train.loop import update_step
 from oprd.train.run import run_recipe
+from oprd.train.update import update_step
 from oprd.types import Message, Prompt, Reading, Rollouts, TokenSelection
 
 READING = Reading(block=4, at="completion", tokens=TokenSelection(keep="all"))

@@ -29,8 +29,8 @@ from oprd.train.extrapolation import (
     validation_prompts,
 )
 from oprd.train.log import Clock
-from oprd.train.loop import update_step
 from oprd.train.run import run_recipe
+from oprd.train.update import update_step
 from oprd.train.validation import validate
 from oprd.types import PromptBatch
 from train.test_resume import assert_equal_runs, weights

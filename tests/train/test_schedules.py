@@ -10,8 +10,9 @@ from oprd.config import RolloutConfig, parse_recipe
 from oprd.errors import ConfigError, Interrupted
 from oprd.train.build import build
 from oprd.train.log import Clock
-from oprd.train.loop import _with_logprobs, update_step
+from oprd.train.rollouts import with_logprobs
 from oprd.train.run import run_recipe
+from oprd.train.update import update_step
 from train.test_resume import assert_equal_runs, metrics
 from train.test_update import rollouts_of, weights_after_a_step
 
@@ -79,7 +80,7 @@ def test_the_first_weights_are_one_so_the_first_update_is_the_plain_one(tmp_path
     rollouts = rollouts_of(run)
     for _ in range(2):
         # taken again before every update: never stale
-        update_step(run, _with_logprobs(run, rollouts), Clock(torch.device("cpu")))
+        update_step(run, with_logprobs(run, rollouts), Clock(torch.device("cpu")))
     for name, value in run.lm.model.state_dict().items():
         assert float((value - plain[name]).abs().max()) < 1e-5, name
 
@@ -87,9 +88,9 @@ def test_the_first_weights_are_one_so_the_first_update_is_the_plain_one(tmp_path
 def test_stale_updates_are_weighted_by_the_probabilities_of_the_first(tmp_path, train_file):
     tree = miniature_recipe(tmp_path, train_file, objective=SAMPLED, learning_rate=1e-2)
     run = build(parse_recipe(tree))
-    stale = _with_logprobs(run, rollouts_of(run))
+    stale = with_logprobs(run, rollouts_of(run))
     update_step(run, stale, Clock(torch.device("cpu")))
-    fresh = _with_logprobs(run, rollouts_of(run))
+    fresh = with_logprobs(run, rollouts_of(run))
     then = [x for row in stale.logprobs for x in row]
     now = [x for row in fresh.logprobs for x in row]
     assert max(abs(a - b) for a, b in zip(then, now, strict=True)) > 0.1

@@ -19,7 +19,8 @@ from oprd.errors import TrainingStopped
 from oprd.train.build import build
 from oprd.train.fit_bridge import fit_bridge
 from oprd.train.log import Clock
-from oprd.train.loop import train, update_step
+from oprd.train.loop import train
+from oprd.train.update import update_step
 from oprd.types import Rollouts
 
 OBJECTIVES = {
