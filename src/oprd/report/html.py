@@ -54,6 +54,8 @@ PLOTS = (
     Plot(title="Hidden-state loss", y="squared units of the state", keys=("train/oprd/mean",)),
     Plot(title="Bridge loss", y="between projections", keys=("train/oprd_bridge/mean",)),
     Plot(title="Divergence", y="nats per token", keys=("train/reverse_kl/mean", "train/forward_kl/mean", "train/jsd/mean")),
+    Plot(title="OmniOPD loss", y="nats per completion", keys=("train/omni_opd/mean",)),
+    Plot(title="Negative log-likelihood of the teacher's text", y="nats per token", keys=("train/nll/mean",)),
     Plot(title="Gradient norm before clipping", y="norm", keys=("train/grad_norm",), log=True),
     Plot(title="Learning rate", y="rate", keys=("train/learning_rate",)),
     Plot(title="Completion length", y="tokens", keys=("rollout/length/mean",)),

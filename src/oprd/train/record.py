@@ -49,6 +49,7 @@ def term_names(objectives: Sequence[Objective]) -> tuple[str, ...]:
 
 
 def measure_health(run: Run, rollouts: Rollouts) -> Health | None:
+    """The health numbers on a few tokens of these rollouts, over all processes; None without a token."""
     sample = health_sample(rollouts, run.recipe.health_tokens)
     readings = health_readings(run.lm.num_blocks)
     shared = run.teacher.comparable(sample, readings)
@@ -75,6 +76,7 @@ def some_samples(run: Run, rollouts: Rollouts) -> list[dict[str, Any]]:
 
 
 def progress_note(objectives: Sequence[Objective], update: Update, health: Health | None) -> str:
+    """What stands beside the bar."""
     losses = " ".join(f"{n} {x:.4f}" for n, x in zip(term_names(objectives), update.losses, strict=True))
     return (
         losses

@@ -30,6 +30,7 @@ def rollouts_of_step(run: Run, step: int) -> tuple[Rollouts, Rollouts]:
 
 
 def sampling_of_step(run: Run, step: int) -> Sampling:
+    """How the student writes at this step, counted from 1."""
     rollout = run.recipe.rollout
     return Sampling(
         temperature=rollout.sampling_temperature,
