@@ -26,7 +26,7 @@ from oprd.types import LMHead
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {"large": (1024, 896, 1536, 151_936), "small": (256, 128, 128, 262)}
-ROUNDS = {"large": 3, "small": 30}
+ROUNDS = {"large": 2, "small": 30}
 
 
 def make(rows: int, width: int, teacher_width: int, vocabulary: int) -> dict[str, Callable[[], Tensor]]:

@@ -63,10 +63,11 @@ def demo_recipe(objective: str, output_dir: Path, train: Path, held_out: Path, *
             "teacher": {"type": "local", "model": str(MODELS / "teacher"), "dtype": "float32"},
             "objective": config,
             "data": {"prompts": str(train)},
-            "rollout": {"group_size": 2, "max_completion_length": 80},
+            "rollout": {"group_size": 2, "max_completion_length": 64},
             "evaluation": evaluation_options(held_out),
             "output_dir": str(output_dir),
             "prompts_per_step": 32,
+            "micro_batch_tokens": 2048,  # similar lengths together: less padding to compute
             "max_steps": 200,
             "learning_rate": learning_rate,
             "lr_scheduler_type": "cosine",
