@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ class BridgeFile:
     measured: Mapping[int, Measured]
 
     def save(self, path: Path) -> None:
-        """Write aside and rename. Curves and ranks are in the header too, for readers without torch."""
+        """Write the file. Curves and ranks are in the header too, for readers without torch."""
         tensors: dict[str, Tensor] = {}
         for block, _ in self.setting.blocks:
             for name in ("student_projection", "teacher_projection", "student_mean", "teacher_mean"):
@@ -80,10 +81,7 @@ class BridgeFile:
             "setting": asdict(self.setting),
             "measured": self.curves(),
         }
-        aside = path.with_name(f".{path.name}.tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, aside, metadata={"oprd_bridge": json.dumps(header)})
-        aside.replace(path)
+        save_synced(tensors, path, {"oprd_bridge": json.dumps(header)})
 
     def curves(self) -> dict[str, dict[str, Any]]:
         """The held-out numbers by the student's block, as JSON has them."""
@@ -104,6 +102,16 @@ class BridgeFile:
     def rank(self) -> int:
         """The largest rank in the file."""
         return min(len(solution.student_projection) for solution in self.solutions.values())
+
+
+def save_synced(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str]) -> None:
+    """A safetensors file, written aside, synced, renamed: a reader sees the old file or the new one."""
+    aside = path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), aside, metadata=dict(header))
+    with aside.open("rb") as handle:
+        os.fsync(handle.fileno())
+    aside.replace(path)
 
 
 def load_bridge(path: Path) -> BridgeFile:

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from oprd.bridge.file import Measured
+from oprd.bridge.file import Measured, save_synced
 from oprd.bridge.gradient import fit_by_gradient
 from oprd.bridge.moments import Moments
 from oprd.bridge.solve import Solution, cosine_sums, explained_variance, solve
@@ -97,12 +96,9 @@ class Sums:
     """Held-out completions to be read again: (index of the prompt, ids, finished)."""
 
     def save(self, path: Path, key: str) -> None:
-        """Write aside and rename. `key` says which fit it is."""
+        """Write the record. `key` says which fit it is."""
         header = json.dumps({"key": key, "batches": self.batches, "again": self.again})
-        aside = path.with_name(f".{path.name}.tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(self._tensors()), aside, metadata={"fit": header})
-        aside.replace(path)
+        save_synced(dict(self._tensors()), path, {"fit": header})
 
     def load(self, path: Path, key: str) -> None:
         """Go on where `path` was written. Raises DataError when that was another fit."""
