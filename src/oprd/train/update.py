@@ -89,6 +89,7 @@ def update_step(run: Run, rollouts: Rollouts, clock: Clock) -> Update:
 
 
 def student_batch(run: Run, rollouts: Rollouts) -> MicroBatch:
+    """The rollouts behind the prompts as the student reads them, on its device."""
     return collate_student(rollouts, pad_id=run.lm.pad_id, device=run.accelerator.device)
 
 

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from oprd.config import EffOPDConfig
 from oprd.data.chat import decode
-from oprd.data.collate import collate_student, split_by_tokens
+from oprd.data.collate import split_by_tokens
 from oprd.evaluate.verify import Verifier
 from oprd.rollout.base import Sampling
 from oprd.train.build import Run
 from oprd.train.extrapolation import Scores, validation_prompts
 from oprd.train.log import derive_seed
+from oprd.train.update import student_batch
 from oprd.types import PromptBatch, Rollouts, States, TeacherTargets
 
 
@@ -57,8 +58,7 @@ def _minus_objective(run: Run, written: Rollouts) -> list[tuple[int, float]]:
     run.model.eval()
     for micro in split_by_tokens(run.teacher.prepare(written), run.recipe.micro_batch_tokens):
         targets = run.teacher.targets(micro, run.teacher_readings, head=run.uses_head)
-        batch = collate_student(micro, pad_id=run.lm.pad_id, device=run.accelerator.device)
-        values = run.read(batch, run.readings, run.uses_head, partial(_per_token, run, targets))
+        values = run.read(student_batch(run, micro), run.readings, run.uses_head, partial(_per_token, run, targets))
         totals = [0.0] * len(micro)
         for objective, value in zip(run.objectives, values, strict=True):
             for i, part in enumerate(value.split(micro.supervised(objective.tokens))):
