@@ -23,7 +23,7 @@ from oprd.bridge.solve import auto_rank, cosine_sums, solve
 from oprd.config import parse_recipe
 from oprd.demo.run import MODELS
 from oprd.demo.task import sums, write_jsonl
-from oprd.train.build import Given
+from oprd.train.check import Given
 from oprd.train.fit_bridge import prepare_fit
 from oprd.train.run_folder import describe_machine
 

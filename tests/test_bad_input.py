@@ -14,7 +14,8 @@ from conftest import MODELS, load_miniature, miniature_recipe
 from oprd import models
 from oprd.config import parse_recipe
 from oprd.errors import ConfigError, DataError, ModelError, RunFolderError, TeacherMismatch
-from oprd.train.build import Given, build, check
+from oprd.train.build import build
+from oprd.train.check import Given, check
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from conftest import ROOT
 from oprd.config import HiddenMSEConfig, OutputKLConfig, load_recipe, parse_recipe
 from oprd.data.collate import collate
-from oprd.train.build import Given, Run, build
+from oprd.train.build import Run, build
+from oprd.train.check import Given
 from oprd.train.log import Clock
 from oprd.train.run import run_recipe
 from oprd.train.update import update_step

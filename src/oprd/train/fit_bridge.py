@@ -31,12 +31,14 @@ from oprd.errors import ConfigError, DataError
 from oprd.models import LanguageModel, Shape, load_student, load_tokenizer, read_shape, read_states
 from oprd.objectives.bridge import Bridge, bridge_pairs, bridge_readings, bridge_setting, check_rank
 from oprd.progress import console, progress_bar
-from oprd.rollout.base import Sampling
 from oprd.rollout.hf import HFEngine
 from oprd.teacher.base import Teacher
 from oprd.teacher.local import LocalTeacher
-from oprd.train.build import Checked, Given, Run, build_teacher, check_teachers
+from oprd.train.build import Run
+from oprd.train.check import Checked, Given, check_teachers
 from oprd.train.log import derive_seed
+from oprd.train.rollouts import sampling_with
+from oprd.train.teachers import build_teacher
 from oprd.types import MicroBatch, Prompt, PromptBatch, Reading, Rollouts, States
 
 SAVE_EVERY = 8
@@ -182,7 +184,7 @@ def prepare_fit(recipe: Recipe, given: Given) -> Job:
     )
     size = max(1, recipe.rollout.max_sequences // recipe.rollout.group_size)
     batches = tuple(range(len(prompts))[start : start + size] for start in range(0, len(prompts), size))
-    sampling = _sampling(recipe)
+    sampling = sampling_with(recipe.rollout, max_tokens=recipe.rollout.max_completion_length)
 
     def write(number: int) -> Rollouts:
         some = PromptBatch(prompts=tuple(prompts[i] for i in batches[number]))
@@ -224,10 +226,11 @@ def refit(run: Run, step: int) -> None:
         widths = (bridge.file.student.width, bridge.file.teacher.width)
         sums = Sums(batches=0, fit=both.empty(widths), held_out=both.empty(widths), again=[])
         batches = [run.sampler.batch(step + i).prompts for i in range(REFIT_BATCHES)]
+        sampling = sampling_with(run.recipe.rollout, max_tokens=run.recipe.rollout.max_completion_length)
 
-        def write(i: int, batches=batches, number=number) -> Rollouts:
+        def write(i: int, batches=batches, sampling=sampling, number=number) -> Rollouts:
             seed = derive_seed(run.recipe.seed, "refit", step, number, i, run.accelerator.process_index)
-            return run.engine.generate(PromptBatch(prompts=batches[i]), _sampling(run.recipe), seed=seed)
+            return run.engine.generate(PromptBatch(prompts=batches[i]), sampling, seed=seed)
 
         first = [sum(map(len, batches[:i])) for i in range(len(batches))]
         accumulate(
@@ -264,15 +267,6 @@ def _bridge_of(recipe: Recipe) -> BridgeConfig:
     if len(found) != 1:
         raise ConfigError(f"fit-bridge needs a recipe with one objective.bridge to write; this one has {len(found)}")
     return next(iter(found.values()))
-
-
-def _sampling(recipe: Recipe) -> Sampling:
-    return Sampling(
-        temperature=recipe.rollout.sampling_temperature,
-        top_p=recipe.rollout.top_p,
-        max_tokens=recipe.rollout.max_completion_length,
-        samples=recipe.rollout.group_size,
-    )
 
 
 def _go_on(sums: Sums, partial: Path, key: str) -> None:

@@ -22,7 +22,7 @@ from oprd.train.fit_bridge import needs_refit, refit
 from oprd.train.log import Clock, Interrupt, derive_seed, peak_memory_gib
 from oprd.train.processes import anywhere
 from oprd.train.record import measure_health, progress_note, some_samples, step_metrics
-from oprd.train.rollouts import rollouts_of_step, sampling_of_step, with_logprobs
+from oprd.train.rollouts import rollouts_of_step, sampling_with, with_logprobs
 from oprd.train.run_folder import read_jsonl, write_atomically
 from oprd.train.save import save_student
 from oprd.train.update import mean_of, update_step
@@ -157,8 +157,8 @@ def _extrapolate(run: Run, step: int, clock: Clock, verifier: Verifier | None) -
     extrapolation = run.extrapolation
     if extrapolation is None:
         return {}
-    config = extrapolation.config
-    sampling = dataclasses.replace(sampling_of_step(run, step), samples=config.validation_samples)
+    config, rollout = extrapolation.config, run.recipe.rollout
+    sampling = sampling_with(rollout, max_tokens=rollout.length_at(step), samples=config.validation_samples)
     with clock.section("extrapolation"):
         found = extrapolation.after_update(step, lambda: validate(run, config, verifier, sampling, step))
     if found is None:

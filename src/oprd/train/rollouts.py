@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from oprd.algorithm import collect
+from oprd.config import RolloutConfig
 from oprd.data.chat import encode, end_of_turn
 from oprd.data.collate import split_by_tokens
 from oprd.kernels.chunked import sampled_logprobs
@@ -26,17 +27,22 @@ def rollouts_of_step(run: Run, step: int) -> tuple[Rollouts, Rollouts]:
         given = _given_rollouts(run, prompts.prompts, recipe.rollout.length_at(step))
         return given, run.teacher.prepare(given)
     seed = derive_seed(recipe.seed, "rollout", step, run.accelerator.process_index)
-    return collect(run.engine, run.teacher, prompts, sampling_of_step(run, step), seed=seed)
+    return collect(
+        run.engine,
+        run.teacher,
+        prompts,
+        sampling_with(recipe.rollout, max_tokens=recipe.rollout.length_at(step)),
+        seed=seed,
+    )
 
 
-def sampling_of_step(run: Run, step: int) -> Sampling:
-    """How the student writes at this step, counted from 1."""
-    rollout = run.recipe.rollout
+def sampling_with(rollout: RolloutConfig, *, max_tokens: int, samples: int | None = None) -> Sampling:
+    """How the student writes; `group_size` samples unless another number is given."""
     return Sampling(
         temperature=rollout.sampling_temperature,
         top_p=rollout.top_p,
-        max_tokens=rollout.length_at(step),
-        samples=rollout.group_size,
+        max_tokens=max_tokens,
+        samples=samples or rollout.group_size,
     )
 
 

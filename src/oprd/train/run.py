@@ -18,7 +18,8 @@ from oprd.config import (
     parse_recipe,
     part_to_dict,
 )
-from oprd.train.build import Given, build
+from oprd.train.build import build
+from oprd.train.check import Given
 from oprd.train.loop import Result, train
 
 
