@@ -29,28 +29,38 @@ ROOT = Path(__file__).parents[1]
 OUT = ROOT / "runs" / "bridge"
 RESULT = ROOT / "benchmarks" / "results" / "bridge.json"
 SEEDS = (0, 1, 2)
-BRIDGE_LR, OPD_LR = 1e-3, 2e-4
-FIT_PROMPTS = 512
+LEARNING_RATE = 2e-3
+FIT_PROMPTS = 1024
 OPD = {"type": "opd", "estimator": "sampled"}
+PUBLISHED = {"space": "projections", "layers": "all", "rank": "auto", "fit": {"limit": FIT_PROMPTS, "features": 0}}
 
 Arm = dict[str, Any]
-"""What an arm changes: `bridge` (keys of the objective), `alignment`, `learning_rate`, `stages`."""
+"""What an arm changes: `bridge` (keys of the objective), `alignment`, `learning_rate`; `opd`: it ends in OPD, or is OPD."""
 
 ARMS: dict[str, Arm] = {
-    "auto": {"bridge": {"rank": "auto"}},
-    "shared_ids": {"bridge": {"rank": "auto"}, "alignment": "shared_ids"},
-    "opd": {"opd": True, "learning_rate": OPD_LR},
-    "auto_then_opd": {"bridge": {"rank": "auto"}, "opd": True, "learning_rate": OPD_LR},
-    **{f"rank_{r}": {"bridge": {"rank": r}} for r in (2, 4, 8, 16, 32)},
     "full": {"bridge": {"rank": "full"}},
-    "gradient": {"bridge": {"rank": "auto", "fit": {"method": "gradient", "limit": FIT_PROMPTS}}},
-    "trainable": {"bridge": {"rank": "auto", "trainable": True}},
-    "refit_50": {"bridge": {"rank": "auto", "refit_every": 50}},
-    "not_normalized": {"bridge": {"rank": "auto", "normalization": "none", "coefficient": 1.0}},
-    "lr_3e-3": {"bridge": {"rank": "auto"}, "learning_rate": 3e-3},
-    "lr_3e-4": {"bridge": {"rank": "auto"}, "learning_rate": 3e-4},
-    "upper_blocks": {"bridge": {"rank": "auto", "layers": [3, 4]}},
-    "last_block": {"bridge": {"rank": "auto", "layers": "last"}},
+    "auto": {"bridge": {"rank": "auto"}},
+    "opd": {"opd": True, "learning_rate": 4e-4},
+    "full_then_opd": {"bridge": {"rank": "full"}, "opd": True, "learning_rate": 4e-4},
+    "shared_ids": {"bridge": {"rank": "full"}, "alignment": "shared_ids"},
+    "published": {"bridge": PUBLISHED, "learning_rate": 1e-3},
+    "published_last_block": {"bridge": PUBLISHED | {"layers": "last"}, "learning_rate": 1e-3},
+    "published_shared_ids": {"bridge": PUBLISHED, "alignment": "shared_ids", "learning_rate": 1e-3},
+    **{f"rank_{r}": {"bridge": {"rank": r}} for r in (2, 4, 8, 16, 32)},
+    "no_features": {"bridge": {"rank": "full", "fit": {"limit": FIT_PROMPTS, "features": 0}}},
+    "all_blocks": {"bridge": {"rank": "full", "layers": "all"}},
+    "gradient": {
+        "bridge": PUBLISHED | {"fit": {"method": "gradient", "limit": FIT_PROMPTS, "features": 0}},
+        "learning_rate": 1e-3,
+    },
+    **{f"published_rank_{r}": {"bridge": PUBLISHED | {"rank": r}, "learning_rate": 1e-3} for r in (8, 32, 128)},
+    "published_3e-4": {"bridge": PUBLISHED, "learning_rate": 3e-4},
+    "published_trainable": {"bridge": PUBLISHED | {"trainable": True}, "learning_rate": 1e-3},
+    "published_refit_50": {"bridge": PUBLISHED | {"refit_every": 50}, "learning_rate": 1e-3},
+    "full_1e-3": {"bridge": {"rank": "full"}, "learning_rate": 1e-3},
+    "full_4e-3": {"bridge": {"rank": "full"}, "learning_rate": 4e-3},
+    "opd_2e-4": {"opd": True, "learning_rate": 2e-4},
+    "opd_8e-4": {"opd": True, "learning_rate": 8e-4},
 }
 
 
@@ -59,8 +69,9 @@ def recipe_tree(name: str, arm: Arm, seed: int) -> dict[str, Any]:
     alignment = arm.get("alignment", "bytes")
     bridge = arm.get("bridge", {})
     fit = bridge.get("fit", {"limit": FIT_PROMPTS})
-    parts = ("normalization", "layers")
-    kind = "-".join([fit.get("method", "closed_form"), alignment, *(str(bridge[p]) for p in parts if p in bridge)])
+    kind = "-".join(
+        [fit.get("method", "closed_form"), alignment, bridge.get("layers", "last"), str(fit.get("features", 512))]
+    )
     objective = {
         "type": "oprd_bridge",
         "bridge": str(OUT / "bridges" / f"{kind}-{seed}.safetensors"),
@@ -81,7 +92,7 @@ def recipe_tree(name: str, arm: Arm, seed: int) -> dict[str, Any]:
         "output_dir": str(OUT / f"{name}-{seed}"),
         "prompts_per_step": 32,
         "max_steps": 200,
-        "learning_rate": arm.get("learning_rate", BRIDGE_LR),
+        "learning_rate": arm.get("learning_rate", LEARNING_RATE),
         "health_tokens": 128,
         "save_steps": 50,
         "save_total_limit": 1,
@@ -94,7 +105,7 @@ def recipe_tree(name: str, arm: Arm, seed: int) -> dict[str, Any]:
         return tree | {"objective": objective}
     del tree["max_steps"]
     stages = [
-        {"objective": objective, "max_steps": 150, "learning_rate": BRIDGE_LR},
+        {"objective": objective, "max_steps": 150, "learning_rate": LEARNING_RATE},
         {"objective": OPD, "max_steps": 50},
     ]
     return tree | {"stages": stages}
@@ -142,20 +153,26 @@ def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     write_jsonl(OUT / "train.jsonl", sums(TRAINING_PROBLEMS, seed=1, held_out=False))
     write_jsonl(OUT / "held_out.jsonl", sums(HELD_OUT_PROBLEMS, seed=2, held_out=True))
-    known = json.loads(RESULT.read_text())["rows"] if RESULT.is_file() else []
-    rows = {(row["arm"], row["seed"]): row for row in known}
     for model in ("base", "wide_teacher"):
-        rows[model, None] = rows.get((model, None)) or score_model(model)
+        if (model, None) not in read_rows():
+            add_row(score_model(model))
     for seed in asked.seeds:
         for name in asked.arms or ARMS:
-            if (name, seed) not in rows:
-                rows[name, seed] = run_arm(name, ARMS[name], seed)
-            RESULT.parent.mkdir(exist_ok=True)
-            RESULT.write_text(json.dumps({"rows": list(rows.values()), **describe_machine()}, indent=1) + "\n")
-            print(
-                {key: rows[name, seed][key] for key in ("arm", "seed", "avg_at_k", "best_at_k", "mean_length")},
-                flush=True,
-            )
+            if (name, seed) not in read_rows():
+                add_row(run_arm(name, ARMS[name], seed))
+
+
+def read_rows() -> dict[tuple[str, int | None], dict[str, Any]]:
+    rows = json.loads(RESULT.read_text())["rows"] if RESULT.is_file() else []
+    return {(row["arm"], row["seed"]): row for row in rows}
+
+
+def add_row(row: dict[str, Any]) -> None:
+    """Into the file as it is now: several of these commands may run side by side, a seed each."""
+    rows = read_rows() | {(row["arm"], row["seed"]): row}
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps({"rows": list(rows.values()), **describe_machine()}, indent=1) + "\n")
+    print({key: row[key] for key in ("arm", "seed", "avg_at_k", "best_at_k", "mean_length")}, flush=True)
 
 
 if __name__ == "__main__":

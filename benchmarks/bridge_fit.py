@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from oprd.bridge.features import Features
 from oprd.bridge.fit import Rows, is_held_out
 from oprd.bridge.gradient import BATCH_ROWS, EPOCHS, fit_by_gradient
 from oprd.bridge.moments import Moments
@@ -41,7 +42,7 @@ def collect() -> dict[int, tuple[Rows, Rows]]:
     tree = {
         "student": {"model": str(MODELS / "base")},
         "teacher": {"type": "local", "model": str(MODELS / "wide_teacher"), "dtype": "float32"},
-        "objective": {"type": "oprd_bridge", "bridge": str(OUT / "none"), "tokens": "all"},
+        "objective": {"type": "oprd_bridge", "bridge": str(OUT / "none"), "tokens": "all", "layers": "all"},
         "data": {"prompts": str(OUT / "prompts.jsonl")},
         "rollout": {"max_completion_length": 80},
         "output_dir": str(OUT / "run"),
@@ -68,10 +69,11 @@ def _joined(parts: list[Rows]) -> Rows:
 def compare(fit: Rows, held_out: Rows) -> dict[str, Any]:
     rank = min(fit[0].shape[1], fit[1].shape[1])
     start = time.perf_counter()
+    none = Features.random(fit[1].shape[1], 0, seed=0)
     moments, measuring = (Moments.zeros(fit[0].shape[1], fit[1].shape[1]) for _ in range(2))
     moments.add(*fit)
     measuring.add(*held_out)
-    closed = solve(moments, measuring, max_rank=rank, name="pair")
+    closed = solve(moments, measuring, none, max_rank=rank, name="pair")
     closed_s = time.perf_counter() - start
     start = time.perf_counter()
     p_s, p_t, mean = fit_by_gradient(*fit, max_rank=rank, seed=0)

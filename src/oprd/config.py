@@ -331,27 +331,36 @@ class BridgeFitConfig:
     """Use at most so many prompts; 2000 [paper]."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the prompts that only measure; 0.1 [paper]."""
-    max_rank: Positive = 256
+    max_rank: Positive = 4096
     """Largest rank kept in the file, cut to the smaller width; every smaller one is in it."""
+    features: Annotated[int, Field(ge=0, le=16384)] = 512
+    """Random ReLU features of the teacher's states beside these, for the canonical directions; 0 leaves the fit linear
+    [ours]. The fit's sums grow with the square of width and features."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BridgeConfig:
-    """OPRD-Bridge: match projections of the states of two models of any width, depth and tokenizer."""
+    """OPRD-Bridge: match the states of two models of any width, depth and tokenizer, in a space that they share."""
 
     __pydantic_config__ = _PYDANTIC
     type: Literal["oprd_bridge"] = "oprd_bridge"
     bridge: str
     """The file that `oprd fit-bridge` writes and training reads."""
-    rank: Literal["auto", "auto_shared", "full"] | Positive | tuple[Positive, ...] = "auto"
-    """`auto`: for each block pair the largest r whose r-th held-out squared canonical correlation is at least 1/2;
+    space: Literal["student", "projections"] = "student"
+    """Where states are compared. `projections`: P_S h_S with P_T h_T, as published. `student`: h_S with the state that the
+    student had there before training, its coordinates along the canonical directions replaced by the teacher's [ours];
+    without LoRA a frozen copy of the student is kept for it."""
+    rank: Literal["auto", "auto_shared", "full"] | Positive | tuple[Positive, ...] = "full"
+    """`full`: all directions; best in the student's space [ours], where those left out keep the student's own mistakes.
+    `auto`: for each block pair the largest r whose r-th held-out squared canonical correlation is at least 1/2;
     `auto_shared`: the same of their mean over the pairs, one rank for all. A list has one for each matched block."""
-    layers: Layers = "all"
-    """Which of the student's blocks are matched, counted from 1; each has its partner by relative depth [paper]."""
+    layers: Layers = "last"
+    """Which of the student's blocks are matched, counted from 1; each has its partner by relative depth. `all` [paper]; the
+    last alone taught more here [ours]."""
     tokens: Tokens = "last_k"
     k: Positive | None = None
     normalization: Literal["none", "l2"] = "l2"
-    """`l2` divides each projection by its norm first [code]."""
+    """`l2` divides each side by its norm first [code]."""
     trainable: bool = False
     """Train the student's projections along; the teacher's stay as fitted."""
     refit_every: Positive | None = None
@@ -364,6 +373,11 @@ class BridgeConfig:
     def __post_init__(self) -> None:
         _check_k(self.tokens, self.k)
         _check_layers(self.layers)
+        if self.space == "student" and (self.trainable or self.refit_every is not None):
+            raise ConfigError(
+                "trainable and refit_every move the projections; with space 'student' nothing is projected. Drop them, or "
+                "set space=projections"
+            )
         if self.trainable and self.refit_every is not None:
             raise ConfigError("trainable and refit_every both move the projections; drop one of them")
         if isinstance(self.rank, tuple) and isinstance(self.layers, tuple) and len(self.rank) != len(self.layers):

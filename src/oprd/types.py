@@ -251,9 +251,10 @@ class Reading:
     block: int | Literal["last"]
     """1..L, or the model's last, however many it has. L is the state after the final norm, the others are before it
     (Hugging Face's convention)."""
-    at: Literal["completion", "prediction", "spans"]
+    at: Literal["completion", "prediction", "spans", "written"]
     """`completion`: at the sampled tokens. `prediction`: one to the left, where they are predicted from.
-    `spans`: where every token since the last pair is predicted from, up to and with each supervised pair."""
+    `spans`: where every token since the last pair is predicted from, up to and with each supervised pair.
+    `written`: at the sampled tokens, paired or not; of a teacher, the student as it was before training."""
     tokens: TokenSelection
 
 
@@ -288,8 +289,12 @@ class MicroBatch:
         """True where a selected sampled token is predicted from: one to the left (the KL family's positions)."""
         return self._mask("prediction", tokens, shift=1)
 
+    def written_mask(self, tokens: TokenSelection) -> Bool[Tensor, "B T"]:
+        """True where a selected sampled token stands, whether it is paired or not."""
+        return self._mask("written", tokens, shift=0)
+
     def mask(self, reading: Reading) -> Bool[Tensor, "B T"]:
-        return self._mask(reading.at, reading.tokens, shift=0 if reading.at == "completion" else 1)
+        return self._mask(reading.at, reading.tokens, shift=0 if reading.at in ("completion", "written") else 1)
 
     def sampled_ids(self, tokens: TokenSelection) -> Int[Tensor, " N"]:
         """The selected sampled tokens' ids."""
@@ -323,7 +328,7 @@ class MicroBatch:
         if (at, tokens, shift) not in self._masks:
             mask = torch.zeros(self.input_ids.shape, dtype=torch.bool)
             for row, (prompt, length) in enumerate(zip(self.prompt_lengths, self.completion_lengths, strict=True)):
-                if self.places is None:
+                if self.places is None or at == "written":
                     start, stop = tokens.span(length)
                     mask[row, prompt - shift + start : prompt - shift + stop] = True
                     continue

@@ -6,13 +6,15 @@ from torch.nn.functional import cosine_similarity
 from torch.testing import assert_close
 
 from oprd.bridge.blocks import partner
+from oprd.bridge.features import Features
 from oprd.bridge.fit import is_held_out
 from oprd.bridge.gradient import fit_by_gradient
 from oprd.bridge.moments import Moments
-from oprd.bridge.solve import auto_rank, canonical_correlations, cosine_sums, ridge_strength, solve
+from oprd.bridge.solve import auto_rank, canonical_directions, cosine_sums, ridge_strength, solve, squared_correlations
 from oprd.errors import DataError
 
 S, T, N = 6, 9, 4000
+NONE = Features.random(T, 0, seed=0)
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def test_rows_in_pieces_give_the_same_sums(rows):
 
 def test_the_projections_are_those_of_pca_and_least_squares_on_the_rows(rows):
     student, teacher = rows
-    found = solve(moments(student, teacher), moments(student, teacher), max_rank=4, name="b")
+    found = solve(moments(student, teacher), moments(student, teacher), NONE, max_rank=4, name="b")
     centred = teacher - teacher.mean(0)
     _, _, directions = torch.linalg.svd(centred, full_matrices=False)
     overlap = (found.teacher_projection @ directions[:4].T).abs().diagonal()
@@ -68,15 +70,15 @@ def test_the_projections_are_those_of_pca_and_least_squares_on_the_rows(rows):
 
 def test_a_smaller_rank_is_the_beginning_of_a_larger_one_up_to_the_ridge(rows):
     sums = moments(*rows)
-    large, small = (solve(sums, sums, max_rank=r, name="b") for r in (5, 2))
+    large, small = (solve(sums, sums, NONE, max_rank=r, name="b") for r in (5, 2))
     assert_close(large.teacher_projection[:2], small.teacher_projection)
     assert_close(large.student_projection[:2], small.student_projection, atol=1e-3, rtol=1e-3)
 
 
-def test_canonical_correlations_find_the_shared_directions(rows):
+def test_squared_correlations_find_the_shared_directions(rows):
     student, teacher = rows
     fit, held_out = moments(student[:3000], teacher[:3000]), moments(student[3000:], teacher[3000:])
-    canonical = canonical_correlations(fit, held_out)
+    canonical = squared_correlations(canonical_directions(fit, NONE), held_out)
     assert auto_rank(canonical) == 3
     assert float(canonical[:3].min()) > 0.8
     assert float(canonical[3:].max()) < 0.1
@@ -87,7 +89,45 @@ def test_canonical_correlation_by_hand():
     y = torch.tensor([[2.0], [1.0], [4.0], [3.0]])
     sums = moments(x, y)
     # covariance 0.75, variances 1.25: correlation 0.6
-    assert_close(canonical_correlations(sums, sums), torch.tensor([0.36], dtype=torch.float64))
+    assert_close(
+        squared_correlations(canonical_directions(sums, NONE), sums), torch.tensor([0.36], dtype=torch.float64)
+    )
+
+
+def test_canonical_coordinates_have_unit_variance_and_patterns_move_them_alone(rows):
+    sums = moments(*rows)
+    found = canonical_directions(sums, NONE)
+    eye = torch.eye(S, dtype=torch.float64)
+    assert_close(found.student @ sums.c_ss @ found.student.T, eye, atol=1e-3, rtol=0)
+    assert_close((found.teacher @ sums.c_tt @ found.teacher.T).diagonal(), torch.ones(S, dtype=torch.float64))
+    # a step along a pattern moves its own coordinate by as much, and no other one
+    assert_close(found.pattern @ found.student.T, eye, atol=1e-3, rtol=0)
+    # patterns are those by which the rows themselves follow from their coordinates
+    student = rows[0] - rows[0].mean(0)
+    expected = torch.linalg.lstsq(student @ found.student.T, student).solution
+    assert_close(found.pattern, expected, atol=1e-2, rtol=1e-2)
+
+
+def test_features_say_what_no_linear_map_does():
+    """|x| has no linear correlation with x; with features the fit finds it, and without any it does not."""
+    x = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
+    student = torch.cat([x.abs(), torch.randn(4000, 1, generator=torch.Generator().manual_seed(1))], dim=1)
+    correlations = []
+    for count in (0, 16):
+        features = Features.random(1, count, seed=0)
+        features.standardise(x[:3000])
+        fit, held_out = (moments(student[rows], features(x[rows])) for rows in (slice(3000), slice(3000, None)))
+        correlations.append(float(squared_correlations(canonical_directions(fit, features), held_out)[0]))
+    assert correlations[0] < 0.05
+    assert correlations[1] > 0.9
+
+
+def test_the_largest_ridge_within_the_slack_is_taken(rows):
+    sums = moments(*rows)
+    strict, loose = (
+        ridge_strength(sums.c_ss, sums.c_st, float(sums.c_tt.trace()), N, slack=slack) for slack in (0.0, 0.03)
+    )
+    assert loose > strict
 
 
 def test_auto_rank_is_the_last_direction_at_half_or_above():
@@ -98,7 +138,9 @@ def test_auto_rank_is_the_last_direction_at_half_or_above():
 def test_explained_variance_is_that_of_the_rows(rows):
     student, teacher = rows
     held = slice(3000, None)
-    found = solve(moments(student[:3000], teacher[:3000]), moments(student[held], teacher[held]), max_rank=4, name="b")
+    found = solve(
+        moments(student[:3000], teacher[:3000]), moments(student[held], teacher[held]), NONE, max_rank=4, name="b"
+    )
     u = (student[held] - found.student_mean) @ found.student_projection.T
     v = (teacher[held] - found.teacher_mean) @ found.teacher_projection.T
     assert_close(found.explained, 1 - (u - v).square().mean(0) / v.var(0, correction=0))
@@ -126,7 +168,9 @@ def test_the_ridge_grows_with_noise_and_shrinks_with_rows(rows):
 def test_the_gradient_fit_is_no_better_than_the_closed_form_on_held_out_rows(rows):
     student, teacher = rows
     fit, held = slice(0, 3000), slice(3000, None)
-    closed = solve(moments(student[fit], teacher[fit]), moments(student[held], teacher[held]), max_rank=3, name="b")
+    closed = solve(
+        moments(student[fit], teacher[fit]), moments(student[held], teacher[held]), NONE, max_rank=3, name="b"
+    )
     p_s, p_t, mean = fit_by_gradient(student[fit], teacher[fit], max_rank=3, seed=0)
 
     def cosine(p_s, p_t, m_s, m_t):
@@ -153,4 +197,4 @@ def test_held_out_prompts_are_spread_evenly():
 def test_states_that_no_bridge_fits_are_named(spoil, reason, rows):
     sums = moments(*spoil(*rows))
     with pytest.raises(DataError, match=reason):
-        solve(sums, sums, max_rank=5, name="b")
+        solve(sums, sums, NONE, max_rank=5, name="b")

@@ -12,6 +12,7 @@ from conftest import MODELS, load_miniature, miniature_recipe
 from oprd import models
 from oprd.bridge.file import load_bridge
 from oprd.config import BridgeConfig, parse_recipe
+from oprd.data.chat import render
 from oprd.data.collate import collate_student
 from oprd.demo.task import sums, write_jsonl
 from oprd.errors import ConfigError, DataError, TeacherMismatch
@@ -28,7 +29,9 @@ OPD = {"type": "opd", "estimator": "sampled"}
 
 
 def bridge_recipe(folder: Path, prompts: Path, bridge: Path, objective: dict | None = None, **changes) -> dict:
-    config = {"type": "oprd_bridge", "bridge": str(bridge), "tokens": "all", "rank": 8} | (objective or {})
+    config = {"type": "oprd_bridge", "bridge": str(bridge), "tokens": "all", "rank": 8, "layers": "all"} | (
+        objective or {}
+    )
     return miniature_recipe(folder, prompts, teacher=WIDE, objective=config, **changes)
 
 
@@ -167,9 +170,10 @@ def test_fit_prompts_that_are_empty_or_too_few_are_refused(prompts, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_the_loss_by_hand(bridge):
+def test_the_loss_between_projections_by_hand(bridge):
     """Two tokens whose projections are chosen: parallel gives 0, opposite (1/r) |2|^2."""
-    objective = Bridge(BridgeConfig(bridge=str(bridge), tokens="all", rank=2, layers="last"), blocks=4, vocabulary=262)
+    config = BridgeConfig(bridge=str(bridge), tokens="all", rank=2, layers="last", space="projections")
+    objective = Bridge(config, blocks=4, vocabulary=262)
     with torch.no_grad():
         for name, buffer in objective.named_buffers():
             buffer.zero_()
@@ -190,6 +194,56 @@ def test_the_loss_by_hand(bridge):
     assert student.grad is not None
 
 
+def test_the_target_in_the_students_space_is_its_own_state_with_the_teachers_coordinates(bridge, prompts, tmp_path):
+    objective = {"layers": "last", "rank": 5}
+    run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, objective)))
+    found = run.objectives[0]
+    rollouts = run.teacher.prepare(as_rendered(run.lm, rollouts_of(run.lm, ["12+34=46", "9"])))
+    assert (found.supervised(rollouts), rollouts.supervised(found.tokens)) == ((8, 1), (7, 1))
+    assert found.weights(rollouts) == (1.0, 1.0)
+    assert found.divisor(rollouts) == 9
+    targets = run.teacher.targets(rollouts, run.teacher_readings, head=False)
+    batch = collate_student(rollouts, pad_id=0, device=run.lm.device)
+    theirs, before = (targets.hidden[reading] for reading in found.teacher_readings)
+    paired = batch.completion_mask(found.tokens)[batch.written_mask(found.tokens)]
+    assert paired.tolist() == [True, True, True, False, True, True, True, True, True]
+    edited = found.edit(4, before, theirs, paired)
+    assert_close(edited[3], before[3])
+    wanted = found.project("teacher", 4, theirs)
+    assert_close(found.project("student", 4, edited)[paired], wanted, atol=0.05, rtol=0.05)
+    # what of the state is no canonical coordinate is left as it was
+    assert float((edited - before)[paired].norm()) < float(before[paired].norm())
+    states = read_states(run.lm, batch, found.readings, head=False)
+    values = found.per_token(states, targets)
+    assert float(values[3].detach()) == pytest.approx(0.0, abs=1e-8)  # nothing learned yet, nothing to keep
+    assert float(values[paired].detach().min()) > 1e-6
+    # ||a/|a| - b/|b|||^2 = 2 - 2 cos
+    cosine = torch.nn.functional.cosine_similarity(states.hidden[found.readings[0]], edited, dim=-1)
+    assert_close(values, (2 - 2 * cosine) / 128, atol=1e-6, rtol=1e-4)
+    values.sum().backward()
+    assert theirs.grad_fn is None
+    assert before.grad_fn is None
+    assert run.lm.model.model.layers[3].mlp.up_proj.weight.grad is not None
+
+
+def as_rendered(lm, rollouts):
+    """Behind the prompt's own tokens."""
+    prompts = (replace(prompt, token_ids=render(lm.tokenizer, prompt.messages)) for prompt in rollouts.prompts)
+    return replace(rollouts, prompts=tuple(prompts))
+
+
+def test_the_student_at_start_stays_when_the_student_moves(bridge, prompts, tmp_path):
+    run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge)))
+    rollouts = run.teacher.prepare(rollouts_of(run.lm, ["12+34=46"]))
+    before = run.teacher.targets(rollouts, run.teacher_readings, head=False).hidden
+    with torch.no_grad():
+        for weight in run.lm.model.model.layers.parameters():
+            weight.add_(0.1)
+    after = run.teacher.targets(rollouts, run.teacher_readings, head=False).hidden
+    for reading in run.teacher_readings:
+        assert_close(after[reading], before[reading])
+
+
 def rollouts_of(lm, texts):
     from oprd.types import Message, Prompt, Rollouts
 
@@ -203,7 +257,7 @@ def test_paired_positions_pack_the_same_text_on_both_sides(bridge, prompts, tmp_
     run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge)))
     rollouts = run.teacher.prepare(rollouts_of(run.lm, ["12+34=46", "9"]))
     assert rollouts.supervised(run.objectives[0].tokens) == (7, 1)
-    reading = run.objectives[0].teacher_readings[-1]
+    reading = run.objectives[0].teacher_readings[3]
     got = run.teacher.targets(rollouts, [reading], head=False).hidden[reading]
     lm = load_miniature("wide_teacher")
     prompt = lm.tokenizer("<|user|>1+2<|end|><|assistant|>")["input_ids"]
@@ -228,7 +282,8 @@ def test_without_a_pair_the_run_stops_with_the_reason(bridge, prompts, tmp_path)
 
 
 def test_frozen_projections_stay_trained_ones_move_and_are_written_beside_the_student(bridge, prompts, tmp_path):
-    for name, objective in (("frozen", {}), ("trainable", {"trainable": True}), ("refit", {"refit_every": 1})):
+    for name, moving in (("frozen", {}), ("trainable", {"trainable": True}), ("refit", {"refit_every": 1})):
+        objective = moving | {"space": "projections"}
         tree = bridge_recipe(tmp_path / name, prompts, bridge, objective, max_steps=2, lr_scheduler_type="constant")
         run_recipe(parse_recipe(tree))
         beside = tmp_path / name / "bridge.safetensors"
@@ -240,7 +295,7 @@ def test_frozen_projections_stay_trained_ones_move_and_are_written_beside_the_st
             moved = after.solutions[1].student_projection - before.solutions[1].student_projection[:8]
             assert float(moved.abs().max()) > 1e-4
             assert after.student.weights != before.student.weights
-            again = {"rank": 8, "bridge": str(beside)}
+            again = {"rank": 8, "bridge": str(beside), "space": "projections"}
             tree = bridge_recipe(tmp_path / f"{name}2", prompts, beside, again)
             build(parse_recipe(tree | {"student": {"model": str(tmp_path / name / "student")}}))
 

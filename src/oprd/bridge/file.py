@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from oprd.bridge.solve import Solution, auto_rank
+from oprd.bridge.features import Features
+from oprd.bridge.solve import Directions, Solution, auto_rank
 from oprd.data.chat import encode
 from oprd.errors import DataError, TeacherMismatch
 from oprd.models import PROBE_TEXTS, LanguageModel
 
+_MAPS = ("student_projection", "teacher_projection", "student_mean", "teacher_mean")
+_DIRECTIONS = ("student", "teacher", "teacher_mean", "pattern")
 _LORA = ("lora_", "base_model.model.", ".base_layer")
 
 
@@ -47,6 +50,7 @@ class Setting:
     normalization: str
     alignment: str
     method: Literal["closed_form", "gradient"]
+    features: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +77,12 @@ class BridgeFile:
         """Write the file. Curves and ranks are in the header too, for readers without torch."""
         tensors: dict[str, Tensor] = {}
         for block, _ in self.setting.blocks:
-            for name in ("student_projection", "teacher_projection", "student_mean", "teacher_mean"):
-                tensors[f"block_{block:02d}.{name}"] = getattr(self.solutions[block], name).float().cpu().contiguous()
+            solution = self.solutions[block]
+            parts = {name: getattr(solution, name) for name in _MAPS}
+            parts |= {f"directions.{name}": getattr(solution.directions, name) for name in _DIRECTIONS}
+            parts |= {f"features.{name}": tensor for name, tensor in solution.directions.features.tensors()}
+            for name, tensor in parts.items():
+                tensors[f"block_{block:02d}.{name}"] = tensor.float().cpu().contiguous()
         header = {
             "student": asdict(self.student),
             "teacher": asdict(self.teacher),
@@ -132,11 +140,11 @@ def load_bridge(path: Path) -> BridgeFile:
         measured[block] = Measured(
             cosine=torch.tensor(curves["cosine"]), rows=curves["rows"], held_out_rows=curves["held_out_rows"]
         )
-        parts = {
-            name: tensors[f"block_{block:02d}.{name}"]
-            for name in ("student_projection", "teacher_projection", "student_mean", "teacher_mean")
-        }
-        solutions[block] = Solution(**parts, **told)
+        parts = {name: tensors[f"block_{block:02d}.{name}"] for name in _MAPS}
+        features = Features(**{f.name: tensors[f"block_{block:02d}.features.{f.name}"] for f in fields(Features)})
+        own = {name: tensors[f"block_{block:02d}.directions.{name}"] for name in _DIRECTIONS}
+        directions = Directions(features=features, **own)
+        solutions[block] = Solution(**parts, directions=directions, **told)
     return BridgeFile(
         student=Side(**header["student"]),
         teacher=Side(**header["teacher"]),
@@ -156,7 +164,7 @@ def check_setting(path: str, stored: Setting, asked: Setting) -> None:
             f"{path} was fitted for the blocks (student, teacher) {_pairs(stored.blocks)}, the objective asks for "
             f"{_pairs(asked.blocks)}. Fit again, or change objective.layers"
         )
-    for key in ("tokens", "k", "normalization", "alignment", "method"):
+    for key in ("tokens", "k", "normalization", "alignment", "method", "features"):
         then, now = getattr(stored, key), getattr(asked, key)
         if then != now:
             raise TeacherMismatch(

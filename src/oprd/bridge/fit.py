@@ -15,6 +15,7 @@ from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor
 
+from oprd.bridge.features import Features
 from oprd.bridge.file import Measured, save_synced
 from oprd.bridge.gradient import fit_by_gradient
 from oprd.bridge.moments import Moments
@@ -73,15 +74,34 @@ class Both:
             )
         self.lm.model.train(training)
 
-    def empty(self, widths: tuple[int, int]) -> dict[int, Moments]:
-        """Moments of every pair, before any row."""
-        return {pair.block: Moments.zeros(*widths, device=self.lm.device) for pair in self.pairs}
+    def nothing_yet(self, widths: tuple[int, int], *, features: int) -> "Sums":
+        """The sums of every pair before any row; `widths` of student and teacher."""
+        student, teacher = widths
 
-    def add(self, moments: Mapping[int, Moments], rollouts: Rollouts) -> None:
+        def empty() -> dict[int, Moments]:
+            of_zero = (Moments.zeros(student, teacher + features, device=self.lm.device) for _ in self.pairs)
+            return {pair.block: moments for pair, moments in zip(self.pairs, of_zero, strict=True)}
+
+        drawn = {
+            pair.block: Features.random(teacher, features, seed=pair.block, device=self.lm.device)
+            for pair in self.pairs
+        }
+        return Sums(batches=0, features=drawn, fit=empty(), held_out=empty(), again=[])
+
+    def standardise(self, features: Mapping[int, Features], rollouts: Rollouts) -> None:
+        """Bring the features to the scale of the teacher's states on these rollouts."""
+        seen: dict[int, list[Tensor]] = {block: [] for block in features}
+        for _, rows in self.rows(rollouts):
+            for block, (_, teacher) in rows.items():
+                seen[block].append(teacher)
+        for block, states in seen.items():
+            features[block].standardise(torch.cat(states))
+
+    def add(self, moments: Mapping[int, Moments], features: Mapping[int, Features], rollouts: Rollouts) -> None:
         """Count the rollouts' rows in."""
         for _, rows in self.rows(rollouts):
             for block, (student, teacher) in rows.items():
-                moments[block].add(student, teacher)
+                moments[block].add(student, features[block](teacher))
 
 
 @dataclass(kw_only=True)
@@ -90,6 +110,8 @@ class Sums:
 
     batches: int
     """So many batches of prompts are counted in."""
+    features: dict[int, Features]
+    """Of each pair's teacher; standardised by the first batch."""
     fit: dict[int, Moments]
     held_out: dict[int, Moments]
     again: list[tuple[int, tuple[int, ...], bool]]
@@ -115,9 +137,9 @@ class Sums:
         self.again = [(index, tuple(ids), finished) for index, ids, finished in header["again"]]
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for part, moments in (("fit", self.fit), ("held_out", self.held_out)):
-            for block, sums in moments.items():
-                yield from ((f"{part}.{block}.{name}", tensor) for name, tensor in sums.tensors())
+        for part, by_block in (("fit", self.fit), ("held_out", self.held_out), ("features", self.features)):
+            for block, held in by_block.items():
+                yield from ((f"{part}.{block}.{name}", tensor) for name, tensor in held.tensors())
 
 
 def is_held_out(index: int, share: float) -> bool:
@@ -139,12 +161,14 @@ def accumulate(
     each prompt's together and in order; `keep` is shown those that are fitted to."""
     for number in range(sums.batches, len(batches)):
         rollouts = both.teacher.prepare(write(number))
+        if number == 0:
+            both.standardise(sums.features, rollouts)
         size = len(rollouts) // len(batches[number])
         asides = [is_held_out(batches[number][i // size], held_out) for i in range(len(rollouts))]
         for measuring, moments in ((False, sums.fit), (True, sums.held_out)):
             some = [i for i, aside in enumerate(asides) if aside == measuring]
             if some:
-                both.add(moments, rollouts.take(some))
+                both.add(moments, sums.features, rollouts.take(some))
         room = HELD_OUT_COMPLETIONS - len(sums.again)
         sums.again += [
             (batches[number][i // size], rollouts.completion_ids[i], rollouts.finished[i])
@@ -160,7 +184,13 @@ def accumulate(
 def solve_all(both: Both, sums: Sums, *, max_rank: int) -> dict[int, Solution]:
     """The closed form for every pair."""
     return {
-        pair.block: solve(sums.fit[pair.block], sums.held_out[pair.block], max_rank=max_rank, name=pair.name)
+        pair.block: solve(
+            sums.fit[pair.block],
+            sums.held_out[pair.block],
+            sums.features[pair.block],
+            max_rank=max_rank,
+            name=pair.name,
+        )
         for pair in both.pairs
     }
 
@@ -168,19 +198,20 @@ def solve_all(both: Both, sums: Sums, *, max_rank: int) -> dict[int, Solution]:
 def solve_by_gradient(
     both: Both, sums: Sums, rows: Mapping[int, list[Rows]], *, max_rank: int, seed: int
 ) -> dict[int, Solution]:
-    """The authors' fit on kept rows; the canonical correlations are those of the closed form, which needs no fit."""
+    """The authors' fit on kept rows; the canonical directions are those of the closed form, which has no gradient fit."""
     closed = solve_all(both, sums, max_rank=max_rank)
     solutions = {}
     for pair in both.pairs:
         student, teacher = (torch.cat(side) for side in zip(*rows[pair.block], strict=True))
         p_s, p_t, mean = fit_by_gradient(student, teacher, max_rank=max_rank, seed=seed)
         no_bias = torch.zeros(student.shape[1], dtype=torch.float64)
-        measured = sums.held_out[pair.block]
+        measured = sums.held_out[pair.block].of_first(teacher.shape[1])
         solutions[pair.block] = Solution(
             student_projection=p_s,
             teacher_projection=p_t,
             student_mean=no_bias,
             teacher_mean=mean,
+            directions=closed[pair.block].directions,
             canonical=closed[pair.block].canonical,
             explained=explained_variance(measured, p_s.double(), p_t.double(), no_bias, mean.double()),
         )

@@ -1,7 +1,7 @@
 """Sums over paired hidden states: all that a closed-form fit needs of the rows, however many there were."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
@@ -48,6 +48,15 @@ class Moments:
         self.student_student.addmm_(s.T, s)
         self.student_teacher.addmm_(s.T, t)
         self.teacher_teacher.addmm_(t.T, t)
+
+    def of_first(self, width: int) -> Self:
+        """Those of the first `width` columns of the teacher's rows."""
+        return replace(
+            self,
+            teacher=self.teacher[:width],
+            student_teacher=self.student_teacher[:, :width],
+            teacher_teacher=self.teacher_teacher[:width, :width],
+        )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every sum by its name: what is saved, and what is added up over processes."""

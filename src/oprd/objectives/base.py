@@ -44,6 +44,10 @@ class Objective(ABC):
     def per_token(self, student: States, teacher: TeacherTargets) -> Float[Tensor, " N"]:
         """One value per supervised token. Gradient flows to the student only; nothing is averaged here."""
 
+    def supervised(self, rollouts: Rollouts) -> tuple[int, ...]:
+        """Tokens of each completion for which `per_token` has a value."""
+        return rollouts.supervised(self.tokens)
+
     def learnable(self, rollouts: Rollouts) -> tuple[bool, ...]:
         """Which completions have a weight at all."""
         return rollouts.answered
@@ -53,7 +57,7 @@ class Objective(ABC):
 
         0 where nothing can be learned.
         """
-        counts = rollouts.supervised(self.tokens)
+        counts = self.supervised(rollouts)
         per_token = [1.0 if self.reduction == "token_mean" else 1.0 / max(1, count) for count in counts]
         return tuple(weight * known for weight, known in zip(per_token, self.learnable(rollouts), strict=True))
 
@@ -63,7 +67,7 @@ class Objective(ABC):
         `token_mean`: the supervised tokens. `sequence_mean`: the completions that have any (the paper's Eq. 6).
         """
         known = self.learnable(rollouts)
-        counts = [n * ok for n, ok in zip(rollouts.supervised(self.tokens), known, strict=True)]
+        counts = [n * ok for n, ok in zip(self.supervised(rollouts), known, strict=True)]
         return float(sum(counts) if self.reduction == "token_mean" else sum(count > 0 for count in counts))
 
 

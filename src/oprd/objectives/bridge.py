@@ -1,20 +1,25 @@
-"""OPRD-Bridge, arXiv 2606.06021: the OPRD loss between projections of the states of two models of any kind.
+"""OPRD-Bridge, arXiv 2606.06021: the OPRD loss between the states of two models of any kind, at the sampled tokens.
 
-    u = P_S (h_S - mean_S),  v = P_T (h_T - mean_T)  in R^r,    loss_t = mean over pairs of blocks of (1/r) ||u/|u| - sg(v/|v|)||^2
+    projections [paper]:  u = P_S (h_S - mean_S),  v = P_T (h_T - mean_T)  in R^r
+                          loss_t = mean over pairs of blocks of (1/r) ||u/|u| - sg(v/|v|)||^2
+    student [ours]:       h* = h_0 + A (B (f(h_T) - mean_f) - C (h_0 - mean_S)),  h_0 the student's state before training
+                          loss_t = mean over pairs of blocks of (1/D_S) ||h_S/|h_S| - h*/|h*|||^2;  unpaired tokens keep h_0
 
-with P_S, P_T and the means of a file that `oprd fit-bridge` wrote, at the sampled tokens themselves.
+with the maps of a file that `oprd fit-bridge` wrote: C and B are the canonical directions of the two models, f the
+teacher's state with its features, A how the student's states move with its coordinates along C.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from oprd.bridge.blocks import partner
+from oprd.bridge.features import Features
 from oprd.bridge.file import BridgeFile, Setting, check_setting, load_bridge
 from oprd.bridge.solve import Solution, auto_rank
 from oprd.config import BridgeConfig
@@ -22,13 +27,13 @@ from oprd.errors import ConfigError
 from oprd.kernels.reference import hidden_mse, normalized_hidden_mse
 from oprd.objectives.base import Objective, token_selection
 from oprd.objectives.hidden import select_blocks
-from oprd.types import HiddenTargets, Reading, States
+from oprd.types import HiddenTargets, Reading, Rollouts, States
 
 
 @final
 class Bridge(Objective, nn.Module):
-    """Mean squared error between projected states. A module, so that its tensors move, train and are stored with the
-    student; the projections are buffers, or with `trainable` the student's are parameters."""
+    """Mean squared error in the shared space. A module, so that its tensors move, train and are stored with the
+    student; the maps are buffers, or with `trainable` the student's projections are parameters."""
 
     name = "oprd_bridge"
     needs = HiddenTargets
@@ -49,37 +54,76 @@ class Bridge(Objective, nn.Module):
         # what the teacher's config says is compared when the pair is checked
         asked = bridge_setting(config, self.pairs, alignment=self.file.setting.alignment)
         check_setting(config.bridge, self.file.setting, asked)
-        self.readings, self._teacher_readings = bridge_readings(config, self.pairs)
+        self.in_projections = config.space == "projections"
+        self.readings, self._of_teacher = bridge_readings(config, self.pairs)
+        if not self.in_projections:
+            self.readings = tuple(replace(reading, at="written") for reading in self.readings)
         self.ranks = _ranks(config, self.file, [block for block, _ in self.pairs])
         self._distance = normalized_hidden_mse if config.normalization == "l2" else hidden_mse
         for (block, _), rank in zip(self.pairs, self.ranks, strict=True):
             solution = self.file.solutions[block]
+            self.register_buffer(f"student_mean_{block}", solution.student_mean.clone())
+            if not self.in_projections:
+                directions = solution.directions.first(rank)
+                for name in ("student", "teacher", "teacher_mean", "pattern"):
+                    self.register_buffer(f"{name}_{block}", getattr(directions, name).clone())
+                for name, tensor in directions.features.tensors():
+                    self.register_buffer(f"features_{name}_{block}", tensor.clone())
+                continue
+            self.register_buffer(f"teacher_mean_{block}", solution.teacher_mean.clone())
             projection = solution.student_projection[:rank].clone()
             if config.trainable:
                 self.register_parameter(f"student_{block}", nn.Parameter(projection))
             else:
                 self.register_buffer(f"student_{block}", projection)
             self.register_buffer(f"teacher_{block}", solution.teacher_projection[:rank].clone())
-            self.register_buffer(f"student_mean_{block}", solution.student_mean.clone())
-            self.register_buffer(f"teacher_mean_{block}", solution.teacher_mean.clone())
 
     @property
     def teacher_readings(self) -> tuple[Reading, ...]:
-        return self._teacher_readings
+        """The partners' states; in the student's space also its own before training."""
+        return self._of_teacher if self.in_projections else (*self._of_teacher, *self.readings)
+
+    def supervised(self, rollouts: Rollouts) -> tuple[int, ...]:
+        """In the student's space every selected token: one without a partner keeps the state it had."""
+        if self.in_projections:
+            return super().supervised(rollouts)
+        return tuple(map(self.tokens.count, rollouts.lengths))
 
     def per_token(self, student: States, teacher: HiddenTargets) -> Float[Tensor, " N"]:
         distances = []
-        for (block, _), ours, theirs in zip(self.pairs, self.readings, self._teacher_readings, strict=True):
+        for (block, _), ours, theirs in zip(self.pairs, self.readings, self._of_teacher, strict=True):
             h_s = student.hidden[ours]
             h_t = teacher.hidden[theirs].to(h_s.device)
-            distances.append(self._distance(self.project("student", block, h_s), self.project("teacher", block, h_t)))
+            if self.in_projections:
+                u, v = self.project("student", block, h_s), self.project("teacher", block, h_t)
+            else:
+                batch = student.batch
+                paired = batch.completion_mask(self.tokens)[batch.written_mask(self.tokens)]
+                u, v = h_s, self.edit(block, teacher.hidden[ours].to(h_s.device), h_t, paired)
+            distances.append(self._distance(u, v))
         return torch.stack(distances).mean(0)
 
+    def edit(
+        self, block: int, h_0: Float[Tensor, "N S"], h_t: Float[Tensor, "P T"], paired: Bool[Tensor, " N"]
+    ) -> Float[Tensor, "N S"]:
+        """h*: the student's states before training, those of the P paired tokens with the teacher's coordinates."""
+        with torch.autocast(h_0.device.type, enabled=False):
+            edited = h_0.float().clone()
+            wanted = self.project("teacher", block, h_t) - self.project("student", block, edited[paired])
+            edited[paired] += wanted @ self.get_buffer(f"pattern_{block}")
+        return edited
+
     def project(self, side: str, block: int, states: Float[Tensor, "N D"]) -> Float[Tensor, "N R"]:
-        """u or v of the given states of the pair of the student's `block`, in float32."""
+        """Coordinates of the given states of the pair of the student's `block`, in float32: u or v, or the canonical ones."""
         with torch.autocast(states.device.type, enabled=False):
-            centred = states.float() - self.get_buffer(f"{side}_mean_{block}")
+            states = states.float()
+            if side == "teacher" and not self.in_projections:
+                states = self._features(block)(states)
+            centred = states - self.get_buffer(f"{side}_mean_{block}")
             return centred @ getattr(self, f"{side}_{block}").T
+
+    def _features(self, block: int) -> Features:
+        return Features(**{f.name: self.get_buffer(f"features_{f.name}_{block}") for f in fields(Features)})
 
     def told(self) -> dict[str, Any]:
         """For the run folder: the fit's held-out numbers by block, and the rank that is used."""
@@ -139,6 +183,7 @@ def bridge_setting(config: BridgeConfig, pairs: tuple[tuple[int, int], ...], *, 
         normalization=config.normalization,
         alignment=alignment,
         method=config.fit.method,
+        features=config.fit.features,
     )
 
 

@@ -41,7 +41,7 @@ class LocalTeacher(Teacher):
     With `system_prompt` or `prompt_template` the teacher reads another prompt than the student, rendered with its own
     chat template. With another tokenizer it reads its own tokens of the completion, paired by `aligner`, or under
     `alignment: shared_ids` the student's ids as they are. `read` and `without_adapter` are given when the teacher is the
-    student itself.
+    student itself. `start` is the student as it was before training: it answers the readings at `written`.
     """
 
     provides = frozenset({HiddenTargets})
@@ -57,6 +57,7 @@ class LocalTeacher(Teacher):
         without_adapter: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         likeness: Likeness = Likeness(shape=True, tokens=True),
         aligner: Aligner | None = None,
+        start: "LocalTeacher | None" = None,
     ) -> None:
         self.lm = lm
         self._context = context
@@ -66,6 +67,7 @@ class LocalTeacher(Teacher):
         self._without_adapter = without_adapter
         self._likeness = likeness
         self._aligner = aligner
+        self._start = start
         self._paired, self._of = 0, 0
         self._warned = False
 
@@ -108,12 +110,17 @@ class LocalTeacher(Teacher):
     @torch.no_grad()
     def targets(self, rollouts: Rollouts, readings: Iterable[Reading], *, head: bool) -> HiddenTargets:
         batch = self._collate(rollouts)
+        own = tuple(reading for reading in readings if reading.at != "written" or self._start is None)
+        before = tuple(reading for reading in readings if reading not in own)
         training = self.lm.model.training
         self.lm.model.eval()
         with self._without_adapter():
-            states = self._read(batch, tuple(readings), head=head)
+            states = self._read(batch, own, head=head)
         self.lm.model.train(training)
-        return HiddenTargets(hidden=states.hidden, head=states.head, batch=batch)
+        hidden = dict(states.hidden)
+        if self._start is not None and before:
+            hidden |= self._start.targets(replace(rollouts, answers=None), before, head=False).hidden
+        return HiddenTargets(hidden=hidden, head=states.head, batch=batch)
 
     def _collate(self, rollouts: Rollouts) -> MicroBatch:
         pairings = rollouts.pairings

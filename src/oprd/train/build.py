@@ -37,7 +37,7 @@ from oprd.objectives import Objective
 from oprd.rollout.hf import HFEngine
 from oprd.teacher.base import Teacher
 from oprd.teacher.local import LocalTeacher
-from oprd.train.check import Given, bridges_of, check
+from oprd.train.check import Given, bridges_of, check, needs_start
 from oprd.train.extrapolation import Extrapolation
 from oprd.train.run_folder import RunFolder
 from oprd.train.stages import first_stage
@@ -117,7 +117,8 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
     frozen = None
     omni = omni_term(recipe)
     own = any(isinstance(leaf(member), SelfTeacherConfig) for member in members(recipe.teacher).values())
-    if not is_peft(student) and (own or (omni is not None and omni.anchor > 0)):
+    anchored = (omni is not None and omni.anchor > 0) or needs_start(checked.stages)
+    if not is_peft(student) and (own or anchored):
         frozen = frozen_copy(student).to(accelerator.device)
     trainable = tuple(parameter for parameter in student.parameters() if parameter.requires_grad)
     stage = first_stage(recipe)

@@ -225,6 +225,11 @@ def aligner_between(
     )
 
 
+def needs_start(stages: tuple[tuple[Objective, ...], ...]) -> bool:
+    """Whether a bridge compares with the student as it was before training."""
+    return any(not bridge.in_projections for bridge in bridges_of(stages))
+
+
 def bridges_of(stages: tuple[tuple[Objective, ...], ...]) -> list[Bridge]:
     return [objective for stage in stages for objective in stage if isinstance(objective, Bridge)]
 

@@ -81,7 +81,7 @@ class Job:
     """Hash of all of this: only the same fit is gone on with."""
 
     def nothing_yet(self) -> Sums:
-        return Sums(batches=0, fit=self.both.empty(self.widths), held_out=self.both.empty(self.widths), again=[])
+        return self.both.nothing_yet(self.widths, features=self.config.fit.features)
 
 
 def fit_bridge(recipe: Recipe, given: Given | None = None) -> Fitted:
@@ -224,7 +224,7 @@ def refit(run: Run, step: int) -> None:
             run.recipe.micro_batch_tokens,
         )
         widths = (bridge.file.student.width, bridge.file.teacher.width)
-        sums = Sums(batches=0, fit=both.empty(widths), held_out=both.empty(widths), again=[])
+        sums = both.nothing_yet(widths, features=0)  # projections use none
         batches = [run.sampler.batch(step + i).prompts for i in range(REFIT_BATCHES)]
         sampling = sampling_with(run.recipe.rollout, max_tokens=run.recipe.rollout.max_completion_length)
 

@@ -26,7 +26,7 @@ from oprd.teacher.base import Teacher
 from oprd.teacher.local import LocalTeacher
 from oprd.teacher.several import SeveralTeachers
 from oprd.teacher.writer import LocalWriter, Writer
-from oprd.train.check import Checked, Given, aligner_between
+from oprd.train.check import Checked, Given, aligner_between, needs_start
 from oprd.train.talking import (
     Served,
     audit,
@@ -86,6 +86,7 @@ def build_teacher(
         prompt_template=config.prompt_template,
         likeness=likeness,
         aligner=aligner,
+        start=_at_start(checked, lm, frozen, read) if needs_start(checked.stages) else None,
     )
 
 

@@ -106,4 +106,4 @@ def mean_of(updates: Sequence[Update]) -> Update:
 
 def _token_weights(objective: Objective, micro: Rollouts, like: torch.Tensor) -> torch.Tensor:
     weights = torch.tensor(objective.weights(micro), dtype=like.dtype)
-    return weights.repeat_interleave(torch.tensor(micro.supervised(objective.tokens))).to(like.device)
+    return weights.repeat_interleave(torch.tensor(objective.supervised(micro))).to(like.device)

@@ -61,7 +61,7 @@ def _minus_objective(run: Run, written: Rollouts) -> list[tuple[int, float]]:
         values = run.read(student_batch(run, micro), run.readings, run.uses_head, partial(_per_token, run, targets))
         totals = [0.0] * len(micro)
         for objective, value in zip(run.objectives, values, strict=True):
-            for i, part in enumerate(value.split(micro.supervised(objective.tokens))):
+            for i, part in enumerate(value.split(objective.supervised(micro))):
                 totals[i] -= objective.coefficient * float(part.double().mean()) if len(part) else 0.0
         rows += [(prompt.row, total) for prompt, total in zip(micro.prompts, totals, strict=True)]
     return rows
