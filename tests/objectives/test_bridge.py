@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch.testing import assert_close
+from typer.testing import CliRunner
 
 from conftest import MODELS, load_miniature, miniature_recipe
 from oprd import models
 from oprd.bridge.file import load_bridge
+from oprd.cli import app
 from oprd.config import BridgeConfig, parse_recipe
 from oprd.data.chat import render
 from oprd.data.collate import collate_student
@@ -89,6 +92,29 @@ def test_an_interrupted_fit_goes_on_and_gives_the_same_file(bridge, prompts, tmp
     fit_bridge(parse_recipe(recipe))
     assert path.read_bytes() == whole.read_bytes()
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+
+
+def test_from_the_command_line_fit_train_and_the_figures_of_the_report(prompts, tmp_path):
+    tree = bridge_recipe(tmp_path / "run", prompts, tmp_path / "b.safetensors", {"layers": "last"}, max_steps=1)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tree))
+
+    def oprd(*arguments: str) -> str:
+        done = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    told = oprd("fit-bridge", str(recipe))
+    assert "block 4 to 6: automatic rank" in told
+    assert str(tmp_path / "b.safetensors") in told
+    oprd("train", str(recipe))
+    oprd("report", str(tmp_path / "run"), "--out", str(tmp_path / "report.html"))
+    page = (tmp_path / "report.html").read_text()
+    file = load_bridge(tmp_path / "b.safetensors")
+    assert "Bridge: held-out cosine of the projections" in page
+    assert "Bridge: held-out canonical correlations" in page
+    assert "block 4 to 6, rank 8" in page
+    assert str(round(float(file.solutions[4].canonical[0]), 5)) in page
 
 
 def test_a_fit_never_writes_over_a_file(bridge, prompts, tmp_path):

@@ -52,7 +52,7 @@ class Plot:
 
 PLOTS = (
     Plot(title="Hidden-state loss", y="squared units of the state", keys=("train/oprd/mean",)),
-    Plot(title="Bridge loss", y="between projections", keys=("train/oprd_bridge/mean",)),
+    Plot(title="Bridge loss", y="mean squared difference", keys=("train/oprd_bridge/mean",)),
     Plot(title="Divergence", y="nats per token", keys=("train/reverse_kl/mean", "train/forward_kl/mean", "train/jsd/mean")),
     Plot(title="OmniOPD loss", y="nats per completion", keys=("train/omni_opd/mean",)),
     Plot(title="Negative log-likelihood of the teacher's text", y="nats per token", keys=("train/nll/mean",)),
