@@ -361,6 +361,10 @@ class BridgeConfig:
     k: Positive | None = None
     normalization: Literal["none", "l2"] = "l2"
     """`l2` divides each side by its norm first [code]."""
+    trust: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """With space `student` and another tokenizer: a pair whose next token the student before training gave less than this
+    probability is dropped. Whether a teacher's piece ends there hangs on what follows, and a digit that is written in place
+    of the rest of a number would otherwise find a partner that agrees [ours]."""
     trainable: bool = False
     """Train the student's projections along; the teacher's stay as fitted."""
     refit_every: Positive | None = None

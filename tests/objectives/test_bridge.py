@@ -25,7 +25,7 @@ from oprd.train import fit_bridge as fitting
 from oprd.train.build import build
 from oprd.train.fit_bridge import fit_bridge
 from oprd.train.run import run_recipe
-from oprd.types import HiddenTargets, States
+from oprd.types import HiddenTargets, Message, Prompt, Rollouts, States
 
 WIDE = {"type": "local", "model": str(MODELS / "wide_teacher"), "dtype": "float32"}
 OPD = {"type": "opd", "estimator": "sampled"}
@@ -221,7 +221,7 @@ def test_the_loss_between_projections_by_hand(bridge):
 
 
 def test_the_target_in_the_students_space_is_its_own_state_with_the_teachers_coordinates(bridge, prompts, tmp_path):
-    objective = {"layers": "last", "rank": 5}
+    objective = {"layers": "last", "rank": 5, "trust": 0.0}
     run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, objective)))
     found = run.objectives[0]
     rollouts = run.teacher.prepare(as_rendered(run.lm, rollouts_of(run.lm, ["12+34=46", "9"])))
@@ -252,6 +252,20 @@ def test_the_target_in_the_students_space_is_its_own_state_with_the_teachers_coo
     assert run.lm.model.model.layers[3].mlp.up_proj.weight.grad is not None
 
 
+def test_a_pair_that_only_an_unlikely_token_made_is_dropped(bridge, prompts, tmp_path):
+    """12+3=: after 12+ the problem goes on with 34. The teacher's piece 3 ends because the student wrote = too early."""
+    run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge)))
+    problem = Prompt(row=0, messages=(Message(role="user", content="12+34-5"),), token_ids=())
+    good, early = (run.lm.tokenizer(text)["input_ids"] for text in ("12+34=46", "12+3=15"))
+    rollouts = Rollouts(prompts=(problem,) * 2, completion_ids=(tuple(good), tuple(early)), finished=(False, False))
+    found = run.teacher.prepare(as_rendered(run.lm, rollouts)).answers
+    assert (found[0].student, found[0].teacher) == ((0, 1, 2, 4, 5, 6, 7), (0, 1, 2, 3, 4, 5, 6))
+    assert 3 not in found[1].student
+    assert {0, 1, 2, 4} <= set(found[1].student)
+    everything = bridge_recipe(tmp_path, prompts, bridge, {"trust": 0.0})
+    assert 3 in build(parse_recipe(everything)).teacher.prepare(as_rendered(run.lm, rollouts)).answers[1].student
+
+
 def as_rendered(lm, rollouts):
     """Behind the prompt's own tokens."""
     prompts = (replace(prompt, token_ids=render(lm.tokenizer, prompt.messages)) for prompt in rollouts.prompts)
@@ -259,7 +273,7 @@ def as_rendered(lm, rollouts):
 
 
 def test_the_student_at_start_stays_when_the_student_moves(bridge, prompts, tmp_path):
-    run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge)))
+    run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, {"trust": 0.0})))
     rollouts = run.teacher.prepare(rollouts_of(run.lm, ["12+34=46"]))
     before = run.teacher.targets(rollouts, run.teacher_readings, head=False).hidden
     with torch.no_grad():
@@ -271,8 +285,6 @@ def test_the_student_at_start_stays_when_the_student_moves(bridge, prompts, tmp_
 
 
 def rollouts_of(lm, texts):
-    from oprd.types import Message, Prompt, Rollouts
-
     prompt = Prompt(row=0, messages=(Message(role="user", content="1+2"),), token_ids=(1, 2))
     ids = tuple(tuple(lm.tokenizer(text)["input_ids"]) for text in texts)
     return Rollouts(prompts=(prompt,) * len(texts), completion_ids=ids, finished=(False,) * len(texts))
@@ -280,7 +292,7 @@ def rollouts_of(lm, texts):
 
 def test_paired_positions_pack_the_same_text_on_both_sides(bridge, prompts, tmp_path):
     """The state after 34 is read where either model has read exactly that."""
-    run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge)))
+    run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, {"trust": 0.0})))
     rollouts = run.teacher.prepare(rollouts_of(run.lm, ["12+34=46", "9"]))
     assert rollouts.supervised(run.objectives[0].tokens) == (7, 1)
     reading = run.objectives[0].teacher_readings[3]

@@ -1,7 +1,8 @@
 """A frozen model in this process, read before its LM head."""
 
 import contextlib
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -9,17 +10,20 @@ import torch
 
 from oprd.data.align import Aligner
 from oprd.data.chat import render, with_prompt
-from oprd.data.collate import collate
+from oprd.data.collate import collate, rows_by_tokens
 from oprd.errors import DataError
+from oprd.kernels.chunked import sampled_logprobs
 from oprd.models import LanguageModel, read_states
 from oprd.progress import console
 from oprd.teacher.base import Teacher
-from oprd.types import HiddenTargets, MicroBatch, Prompt, Reading, Rollouts, States, Tally
+from oprd.types import HiddenTargets, MicroBatch, Pairing, Prompt, Reading, Rollouts, States, Tally, TokenSelection
 
 Read = Callable[..., States]
 """`read_states` with its model filled in."""
 
 
+PASS_TOKENS = 16_384
+"""Positions of one forward pass of `sampled`."""
 FEW_PAIRED = 0.2
 """Share of paired positions below which the user is warned, once."""
 
@@ -41,7 +45,8 @@ class LocalTeacher(Teacher):
     With `system_prompt` or `prompt_template` the teacher reads another prompt than the student, rendered with its own
     chat template. With another tokenizer it reads its own tokens of the completion, paired by `aligner`, or under
     `alignment: shared_ids` the student's ids as they are. `read` and `without_adapter` are given when the teacher is the
-    student itself. `start` is the student as it was before training: it answers the readings at `written`.
+    student itself. `start` is the student as it was before training: it answers the readings at `written`, and a pair whose
+    next token it gave less than the probability `trust` is dropped.
     """
 
     provides = frozenset({HiddenTargets})
@@ -58,6 +63,7 @@ class LocalTeacher(Teacher):
         likeness: Likeness = Likeness(shape=True, tokens=True),
         aligner: Aligner | None = None,
         start: "LocalTeacher | None" = None,
+        trust: float = 0.0,
     ) -> None:
         self.lm = lm
         self._context = context
@@ -68,7 +74,8 @@ class LocalTeacher(Teacher):
         self._likeness = likeness
         self._aligner = aligner
         self._start = start
-        self._paired, self._of = 0, 0
+        self._trust = trust
+        self._paired, self._of, self._trusted = 0, 0, 0
         self._warned = False
 
     def check_prompts(self, prompts: Iterable[Prompt]) -> None:
@@ -95,12 +102,22 @@ class LocalTeacher(Teacher):
                 f"[yellow]Only {self._paired / self._of:.0%} of the tokens end where one of teacher {self.lm.name} ends; "
                 "the others are not supervised. A teacher with a closer tokenizer would say more.[/]"
             )
+        if self._start is not None and self._trust > 0:
+            logprobs = self._start.sampled(rollouts)
+            answers = tuple(
+                _only_trusted(pairing, row, math.log(self._trust))
+                for pairing, row in zip(answers, logprobs, strict=True)
+            )
+        self._trusted = sum(len(answer.student) for answer in answers)
         return replace(rollouts, answers=answers)
 
     def tallies(self) -> tuple[Tally, ...]:
         if self._aligner is None:
             return ()
-        return (Tally(name="teacher/paired/share", total=float(self._paired), of=float(self._of)),)
+        paired = Tally(name="teacher/paired/share", total=float(self._paired), of=float(self._of))
+        if self._start is None or self._trust == 0:
+            return (paired,)
+        return (paired, Tally(name="teacher/trusted/share", total=float(self._trusted), of=float(self._paired)))
 
     def comparable(self, rollouts: Rollouts, readings: Iterable[Reading]) -> tuple[Reading, ...]:
         if not self._likeness.tokens:
@@ -122,6 +139,22 @@ class LocalTeacher(Teacher):
             hidden |= self._start.targets(replace(rollouts, answers=None), before, head=False).hidden
         return HiddenTargets(hidden=hidden, head=states.head, batch=batch)
 
+    @torch.no_grad()
+    def sampled(self, rollouts: Rollouts) -> list[list[float]]:
+        """Log-probability of each sampled token of each completion, in nats, by this model, which has the student's tokens."""
+        reading = Reading(block="last", at="prediction", tokens=TokenSelection(keep="all"))
+        found: list[list[float]] = [[] for _ in rollouts.completion_ids]
+        for rows in rows_by_tokens(rollouts, PASS_TOKENS):
+            micro = replace(rollouts.take(rows), answers=None)
+            targets = self.targets(micro, [reading], head=True)
+            assert targets.head is not None
+            assert targets.batch is not None
+            ids = targets.batch.sampled_ids(reading.tokens)
+            logprobs = sampled_logprobs(targets.hidden[reading], targets.head, ids).split(micro.lengths)
+            for row, values in zip(rows, logprobs, strict=True):
+                found[row] = values.tolist()
+        return found
+
     def _collate(self, rollouts: Rollouts) -> MicroBatch:
         pairings = rollouts.pairings
         return collate(
@@ -139,3 +172,13 @@ class LocalTeacher(Teacher):
             return prompt.token_ids
         turns = with_prompt(prompt.messages, prompt.columns, self._system_prompt, self._prompt_template)
         return render(self.lm.tokenizer, turns)
+
+
+def _only_trusted(pairing: Pairing, logprobs: Sequence[float], least: float) -> Pairing:
+    """Without the pairs whose next token had a log-probability below `least`. The last token has no next one."""
+    kept = [i for i, at in enumerate(pairing.student) if at + 1 >= len(logprobs) or logprobs[at + 1] >= least]
+    return replace(
+        pairing,
+        student=tuple(pairing.student[i] for i in kept),
+        teacher=tuple(pairing.teacher[i] for i in kept),
+    )

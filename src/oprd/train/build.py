@@ -113,7 +113,7 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
         check_weights(bridge.config.bridge, "student", bridge.file.student, weights_fingerprint(lm))
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if sharded:
-        _refuse_sharded(recipe, checked.stages)
+        _refuse_sharded(recipe, student, checked.stages)
     frozen = None
     omni = omni_term(recipe)
     own = any(isinstance(leaf(member), SelfTeacherConfig) for member in members(recipe.teacher).values())
@@ -264,12 +264,17 @@ def _refuse_separate_processes(accelerator: Accelerator) -> None:
         )
 
 
-def _refuse_sharded(recipe: Recipe, stages: tuple[tuple[Objective, ...], ...]) -> None:
+def _refuse_sharded(recipe: Recipe, student: nn.Module, stages: tuple[tuple[Objective, ...], ...]) -> None:
     """Raise ConfigError for what FSDP cannot do."""
     if recipe.stages:
         raise ConfigError(
             "stages wrap the student anew for each objective, which FSDP cannot undo; run the second stage from the first "
             "one's student, or use DDP"
+        )
+    if is_peft(student) and needs_start(stages):
+        raise ConfigError(
+            "oprd_bridge with space 'student' reads the student with LoRA off another number of times on each process, which "
+            "FSDP waits for forever; use DDP, or train all weights"
         )
     if any(bridge.config.refit_every is not None for bridge in bridges_of(stages)):
         raise ConfigError(

@@ -26,7 +26,7 @@ from oprd.teacher.base import Teacher
 from oprd.teacher.local import LocalTeacher
 from oprd.teacher.several import SeveralTeachers
 from oprd.teacher.writer import LocalWriter, Writer
-from oprd.train.check import Checked, Given, aligner_between, needs_start
+from oprd.train.check import Checked, Given, aligner_between, bridges_of, needs_start
 from oprd.train.talking import (
     Served,
     audit,
@@ -87,6 +87,7 @@ def build_teacher(
         likeness=likeness,
         aligner=aligner,
         start=_at_start(checked, lm, frozen, read) if needs_start(checked.stages) else None,
+        trust=max((bridge.config.trust for bridge in bridges_of(checked.stages)), default=0.0),
     )
 
 
