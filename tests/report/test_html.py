@@ -101,3 +101,12 @@ def test_searches_and_updates_are_drawn_where_a_run_has_them(tmp_path):
         "go far early, from step 1",
     )
     assert all(title in page for title in titles)
+
+
+def test_two_terms_of_a_kind_are_two_curves(tmp_path):
+    run = make_run(tmp_path / "one")
+    rows = [{"step": step, "train/reverse_kl_1/mean": 0.5, "train/reverse_kl_2/mean": 0.25} for step in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report([run], tmp_path / "r.html").read_text()
+    assert "one: reverse_kl_1" in page
+    assert "one: reverse_kl_2" in page

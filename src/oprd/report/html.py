@@ -1,6 +1,7 @@
 """One self-contained HTML page from run folders: a table, curves, samples, recipes. Reads files only."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -181,9 +182,14 @@ def _short(model: str) -> str:
 def _curves(plot: Plot, runs: Sequence[RunFiles]) -> go.Figure | None:
     figure = go.Figure()
     for i, run in enumerate(runs):
-        for j, key in enumerate(key for key in plot.keys if any(key in row for row in run.metrics)):
+        keys = _present(plot, run)
+        for j, key in enumerate(keys):
             points = [(row["step"], row[key]) for row in run.metrics if key in row]
-            label = run.name if len(plot.keys) == 1 else f"{run.name}: {key.split('/')[1].removesuffix('_s')}"
+            label = (
+                run.name
+                if len(plot.keys) == 1 and len(keys) == 1
+                else f"{run.name}: {key.split('/')[1].removesuffix('_s')}"
+            )
             figure.add_scatter(
                 x=[x for x, _ in points],
                 y=[y for _, y in points],
@@ -230,6 +236,14 @@ def _cosines(runs: Sequence[RunFiles]) -> go.Figure | None:
                 line={"color": COLOURS[i % len(COLOURS)], "dash": dash},
             )
     return _titled(figure, "Cosine of student and teacher states", "block", "cosine")
+
+
+def _present(plot: Plot, run: RunFiles) -> list[str]:
+    """The plot's keys that the run has; terms of a mixture that are of one kind have numbered ones."""
+    found = dict.fromkeys(key for row in run.metrics for key in row)
+    return [
+        key for wanted in plot.keys for key in found if key == wanted or re.sub(r"_\d+(?=/mean$)", "", key) == wanted
+    ]
 
 
 def _searches(runs: Sequence[RunFiles]) -> go.Figure | None:

@@ -3,6 +3,7 @@
 MPD: arXiv 2605.08776 [second-hand]; the prompt and the filters are ours, none were published.
 """
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -49,15 +50,56 @@ class Judge(Protocol):
     def close(self) -> None: ...
 
 
-@final
-class RewritingTeacher(Teacher):
-    """The writer rewrites each completion more briefly; `local` reads the result if the writer is white-box.
-
-    Where the result cannot be used the student's own completion stands: plain OPD if `local` can answer on it, and without
-    weight in the likelihood of the teacher's text. `stop`: the token that ends the student's turn.
-    """
+class WritingTeacher(Teacher):
+    """A teacher whose text takes the place of the student's. `local` reads it if the writer is white-box. `stop`: the token
+    that ends the student's turn."""
 
     provides = frozenset({TextTargets})
+
+    def __init__(
+        self,
+        writer: Writer,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stop: int,
+        local: Teacher | None,
+        max_tokens: int,
+    ) -> None:
+        self._writer = writer
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._local = local
+        self._max_tokens = max_tokens
+        self._tallies: tuple[Tally, ...] = ()
+
+    @abstractmethod
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Raise DataError for a prompt that the writer cannot be asked about."""
+
+    def check_prompts(self, prompts: Iterable[Prompt]) -> None:
+        prompts = tuple(prompts)
+        for prompt in prompts:
+            self.check_prompt(prompt)
+        if self._local is not None:
+            self._local.check_prompts(prompts)
+
+    def tallies(self) -> tuple[Tally, ...]:
+        return self._tallies
+
+    def targets(self, rollouts: Rollouts, readings: Iterable[Reading], *, head: bool) -> TeacherTargets:
+        return TextTargets() if self._local is None else self._local.targets(rollouts, readings, head=head)
+
+    def comparable(self, rollouts: Rollouts, readings: Iterable[Reading]) -> tuple[Reading, ...]:
+        return () if self._local is None else self._local.comparable(rollouts, readings)
+
+
+@final
+class RewritingTeacher(WritingTeacher):
+    """The writer rewrites each completion more briefly.
+
+    Where the result cannot be used the student's own completion stands: plain OPD if `local` can answer on it, and without
+    weight in the likelihood of the teacher's text.
+    """
 
     def __init__(
         self,
@@ -70,21 +112,12 @@ class RewritingTeacher(Teacher):
         local: Teacher | None,
         max_tokens: int,
     ) -> None:
+        super().__init__(writer, tokenizer, stop=stop, local=local, max_tokens=max_tokens)
         self._config = config
-        self._writer = writer
         self._judge = judge
-        self._tokenizer = tokenizer
-        self._stop = stop
-        self._local = local
-        self._max_tokens = max_tokens
-        self._tallies: tuple[Tally, ...] = ()
 
-    def check_prompts(self, prompts: Iterable[Prompt]) -> None:
-        prompts = tuple(prompts)
-        for prompt in prompts:
-            self._question(prompt, "")
-        if self._local is not None:
-            self._local.check_prompts(prompts)
+    def check_prompt(self, prompt: Prompt) -> None:
+        self._question(prompt, "")
 
     def prepare(self, rollouts: Rollouts) -> Rollouts:
         texts = [decode(self._tokenizer, ids) for ids in rollouts.completion_ids]
@@ -111,15 +144,6 @@ class RewritingTeacher(Teacher):
             finished=tuple(done or reason is None for done, reason in zip(rollouts.finished, reasons, strict=True)),
             answers=tuple(None if reason is None else NotRewritten(reason=reason) for reason in reasons),
         )
-
-    def tallies(self) -> tuple[Tally, ...]:
-        return self._tallies
-
-    def targets(self, rollouts: Rollouts, readings: Iterable[Reading], *, head: bool) -> TeacherTargets:
-        return TextTargets() if self._local is None else self._local.targets(rollouts, readings, head=head)
-
-    def comparable(self, rollouts: Rollouts, readings: Iterable[Reading]) -> tuple[Reading, ...]:
-        return () if self._local is None else self._local.comparable(rollouts, readings)
 
     def close(self) -> None:
         self._judge.close()
@@ -153,10 +177,8 @@ class RewritingTeacher(Teacher):
 
 
 @final
-class SequenceTeacher(Teacher):
+class SequenceTeacher(WritingTeacher):
     """The writer answers the prompts itself, and the student learns on that."""
-
-    provides = frozenset({TextTargets})
 
     def __init__(
         self,
@@ -168,20 +190,11 @@ class SequenceTeacher(Teacher):
         local: Teacher | None,
         max_tokens: int,
     ) -> None:
+        super().__init__(writer, tokenizer, stop=stop, local=local, max_tokens=max_tokens)
         self._config = config
-        self._writer = writer
-        self._tokenizer = tokenizer
-        self._stop = stop
-        self._local = local
-        self._max_tokens = max_tokens
-        self._tallies: tuple[Tally, ...] = ()
 
-    def check_prompts(self, prompts: Iterable[Prompt]) -> None:
-        prompts = tuple(prompts)
-        for prompt in prompts:
-            self._writer.conversation(prompt)
-        if self._local is not None:
-            self._local.check_prompts(prompts)
+    def check_prompt(self, prompt: Prompt) -> None:
+        self._writer.conversation(prompt)
 
     def prepare(self, rollouts: Rollouts) -> Rollouts:
         asks = [
@@ -207,15 +220,6 @@ class SequenceTeacher(Teacher):
             finished=tuple(bool(row) and row[-1] == self._stop for row in ids),
             answers=tuple(Lost(reason="no_reply") if gone else None for gone in lost) if any(lost) else None,
         )
-
-    def tallies(self) -> tuple[Tally, ...]:
-        return self._tallies
-
-    def targets(self, rollouts: Rollouts, readings: Iterable[Reading], *, head: bool) -> TeacherTargets:
-        return TextTargets() if self._local is None else self._local.targets(rollouts, readings, head=head)
-
-    def comparable(self, rollouts: Rollouts, readings: Iterable[Reading]) -> tuple[Reading, ...]:
-        return () if self._local is None else self._local.comparable(rollouts, readings)
 
     def _ids(self, answer: Written | None) -> tuple[int, ...]:
         """The teacher's text in the student's tokens, no longer than the student itself may write."""
