@@ -32,7 +32,8 @@ SEEDS = (0, 1, 2)
 LEARNING_RATE = 2e-3
 FIT_PROMPTS = 1024
 OPD = {"type": "opd", "estimator": "sampled"}
-PUBLISHED = {"space": "projections", "layers": "all", "rank": "auto", "fit": {"limit": FIT_PROMPTS, "features": 0}}
+AS_PUBLISHED = {"limit": FIT_PROMPTS, "features": 0, "confidence": 0.0}
+PUBLISHED = {"space": "projections", "layers": "all", "rank": "auto", "fit": AS_PUBLISHED}
 
 Arm = dict[str, Any]
 """What an arm changes: `bridge` (keys of the objective), `alignment`, `learning_rate`; `opd`: it ends in OPD, or is OPD."""
@@ -48,9 +49,10 @@ ARMS: dict[str, Arm] = {
     "published_shared_ids": {"bridge": PUBLISHED, "alignment": "shared_ids", "learning_rate": 1e-3},
     **{f"rank_{r}": {"bridge": {"rank": r}} for r in (2, 4, 8, 16, 32)},
     "no_features": {"bridge": {"rank": "full", "fit": {"limit": FIT_PROMPTS, "features": 0}}},
+    "all_rows": {"bridge": {"rank": "full", "fit": {"limit": FIT_PROMPTS, "confidence": 0.0}}},
     "all_blocks": {"bridge": {"rank": "full", "layers": "all"}},
     "gradient": {
-        "bridge": PUBLISHED | {"fit": {"method": "gradient", "limit": FIT_PROMPTS, "features": 0}},
+        "bridge": PUBLISHED | {"fit": AS_PUBLISHED | {"method": "gradient"}},
         "learning_rate": 1e-3,
     },
     **{f"published_rank_{r}": {"bridge": PUBLISHED | {"rank": r}, "learning_rate": 1e-3} for r in (8, 32, 128)},
@@ -70,7 +72,13 @@ def recipe_tree(name: str, arm: Arm, seed: int) -> dict[str, Any]:
     bridge = arm.get("bridge", {})
     fit = bridge.get("fit", {"limit": FIT_PROMPTS})
     kind = "-".join(
-        [fit.get("method", "closed_form"), alignment, bridge.get("layers", "last"), str(fit.get("features", 512))]
+        [
+            fit.get("method", "closed_form"),
+            alignment,
+            bridge.get("layers", "last"),
+            str(fit.get("features", 512)),
+            str(fit.get("confidence", 0.9)),
+        ]
     )
     objective = {
         "type": "oprd_bridge",

@@ -333,6 +333,9 @@ class BridgeFitConfig:
     """Share of the prompts that only measure; 0.1 [paper]."""
     max_rank: Positive = 4096
     """Largest rank kept in the file, cut to the smaller width; every smaller one is in it."""
+    confidence: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Fit only to rows at which the student gives its likeliest next token at least this probability; 0 takes all. A state in
+    which the student hesitates says how it hesitates, and targets made of such states are not sharp [ours]."""
     features: Annotated[int, Field(ge=0, le=16384)] = 512
     """Random ReLU features of the teacher's states beside these, for the canonical directions; 0 leaves the fit linear
     [ours]. The fit's sums grow with the square of width and features."""

@@ -16,14 +16,15 @@ from oprd.bridge.file import load_bridge
 from oprd.cli import app
 from oprd.config import BridgeConfig, parse_recipe
 from oprd.data.chat import render
-from oprd.data.collate import collate_student
+from oprd.data.collate import collate_student, split_by_tokens
 from oprd.demo.task import sums, write_jsonl
 from oprd.errors import ConfigError, DataError, TeacherMismatch
 from oprd.models import read_states
 from oprd.objectives.bridge import Bridge
 from oprd.train import fit_bridge as fitting
 from oprd.train.build import build
-from oprd.train.fit_bridge import fit_bridge
+from oprd.train.check import Given
+from oprd.train.fit_bridge import fit_bridge, prepare_fit
 from oprd.train.run import run_recipe
 from oprd.types import HiddenTargets, Message, Prompt, Rollouts, States
 
@@ -440,6 +441,23 @@ def test_few_paired_positions_warn_once(bridge, prompts, tmp_path, capfd):
     run.teacher.prepare(bad)
     run.teacher.prepare(bad)
     assert capfd.readouterr().err.count("Only 10% of the tokens end where one of teacher") == 1
+
+
+def test_a_fit_takes_rows_at_which_the_student_is_sure(prompts, tmp_path):
+    job = prepare_fit(parse_recipe(bridge_recipe(tmp_path / "run", prompts, tmp_path / "b")), Given())
+    rollouts = job.both.teacher.prepare(job.write(0))
+    last = replace(job.both.pairs[0].student, block="last")
+    confident = total = 0
+    for micro in split_by_tokens(rollouts, 4096):
+        states = read_states(
+            job.both.lm, collate_student(micro, pad_id=0, device=job.both.lm.device), (last,), head=True
+        )
+        likeliest = (states.hidden[last] @ states.head.weight.T).softmax(-1).amax(-1)
+        confident, total = confident + int((likeliest >= 0.9).sum()), total + len(likeliest)
+    taken = sum(len(rows[1][0]) for _, rows in job.both.rows(rollouts))
+    everything = sum(len(rows[1][0]) for _, rows in replace(job.both, confidence=0.0).rows(rollouts))
+    assert (taken, everything) == (confident, total)
+    assert 0.5 * total < taken < total
 
 
 def test_the_gradient_fit_writes_a_file_that_trains(prompts, tmp_path):

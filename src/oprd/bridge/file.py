@@ -51,6 +51,7 @@ class Setting:
     alignment: str
     method: Literal["closed_form", "gradient"]
     features: int
+    confidence: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +165,7 @@ def check_setting(path: str, stored: Setting, asked: Setting) -> None:
             f"{path} was fitted for the blocks (student, teacher) {_pairs(stored.blocks)}, the objective asks for "
             f"{_pairs(asked.blocks)}. Fit again, or change objective.layers"
         )
-    for key in ("tokens", "k", "normalization", "alignment", "method", "features"):
+    for key in ("tokens", "k", "normalization", "alignment", "method", "features", "confidence"):
         then, now = getattr(stored, key), getattr(asked, key)
         if then != now:
             raise TeacherMismatch(

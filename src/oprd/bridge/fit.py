@@ -6,7 +6,7 @@ them) are read once more after the solve.
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from oprd.bridge.moments import Moments
 from oprd.bridge.solve import Solution, cosine_sums, explained_variance, solve
 from oprd.data.collate import collate_student, split_by_tokens
 from oprd.errors import DataError
+from oprd.kernels.chunked import confidence
 from oprd.models import LanguageModel
 from oprd.teacher.base import Teacher
 from oprd.types import HiddenTargets, Prompt, Reading, Rollouts, States
@@ -55,11 +56,14 @@ class Both:
     teacher: Teacher
     pairs: tuple[Pair, ...]
     micro_batch_tokens: int
+    confidence: float
+    """Only rows at which the student gives its likeliest next token at least this probability."""
 
     @torch.no_grad()
     def rows(self, rollouts: Rollouts) -> Iterator[tuple[Rollouts, dict[int, Rows]]]:
         """Micro-batch by micro-batch, the paired states [N, D] of every pair. `rollouts` come from `teacher.prepare`."""
         student = tuple(pair.student for pair in self.pairs)
+        last = replace(student[0], block="last")
         teacher = tuple(dict.fromkeys(pair.teacher for pair in self.pairs))
         training = self.lm.model.training
         self.lm.model.eval()
@@ -67,10 +71,16 @@ class Both:
             targets = self.teacher.targets(micro, teacher, head=False)
             assert isinstance(targets, HiddenTargets)
             batch = collate_student(micro, pad_id=self.lm.pad_id, device=self.lm.device)
-            states = self.read(batch, student, head=False)
+            states = self.read(batch, dict.fromkeys((*student, last)), head=self.confidence > 0)
+            sure = (
+                slice(None) if states.head is None else confidence(states.hidden[last], states.head) >= self.confidence
+            )
             yield (
                 micro,
-                {pair.block: (states.hidden[pair.student], targets.hidden[pair.teacher]) for pair in self.pairs},
+                {
+                    pair.block: (states.hidden[pair.student][sure], targets.hidden[pair.teacher][sure])
+                    for pair in self.pairs
+                },
             )
         self.lm.model.train(training)
 

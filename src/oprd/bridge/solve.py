@@ -22,7 +22,7 @@ SLACK = 0.03
 _RIDGES = torch.logspace(-10, 1, 45, dtype=torch.float64)
 """Ridge strengths that are tried, in units of the mean eigenvalue."""
 _CONSTANT = 1e-12
-"""Variance over mean square below which states are constant: their sums have no digits left."""
+"""Variance over mean square below which a column is constant: its sums have no digits left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +116,10 @@ def canonical_directions(fit: Moments, features: Features) -> Directions:
     The teacher's columns are brought to one variance first: states and features have no common unit.
     """
     n, c_ss = float(fit.count), fit.c_ss
-    unit = _ratio(torch.ones_like(fit.teacher), fit.c_tt.diagonal().clamp(min=0).sqrt())
+    variance, square = fit.c_tt.diagonal(), fit.teacher_teacher.diagonal() / fit.count
+    unit = torch.where(
+        variance > _CONSTANT * square, variance.clamp(min=0).rsqrt(), 0.0
+    )  # 0: a feature that never fires
     c_st, c_tt = fit.c_st * unit, fit.c_tt * torch.outer(unit, unit)
     student_root = _inverse_root(c_ss, ridge_strength(c_ss, c_st, float(c_tt.trace()), n))
     teacher_root = _inverse_root(c_tt, ridge_strength(c_tt, c_st.T, float(c_ss.trace()), n, slack=SLACK))

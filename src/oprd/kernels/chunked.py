@@ -70,6 +70,13 @@ def sampled_logprobs(hidden: Float[Tensor, "N D"], head: LMHead, sampled_ids: In
     return torch.cat(parts) if parts else hidden.new_empty(0)
 
 
+def confidence(hidden: Float[Tensor, "N D"], head: LMHead) -> Float[Tensor, " N"]:
+    """Probability of the likeliest token at each position. No gradient."""
+    step = chunk_rows(len(head.weight))
+    parts = [logits(rows, head).softmax(-1).amax(-1) for rows in hidden.split(step)]
+    return torch.cat(parts) if parts else hidden.new_empty(0)
+
+
 def head_logprobs(hidden: Float[Tensor, "N D"], head: LMHead, ids: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
     """Log-probability of the given token at each position, in nats. Gradient as in `head_divergence`."""
     nobody = LMHead(weight=hidden.new_zeros(len(head.weight), 1))

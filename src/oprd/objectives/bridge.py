@@ -184,6 +184,7 @@ def bridge_setting(config: BridgeConfig, pairs: tuple[tuple[int, int], ...], *, 
         alignment=alignment,
         method=config.fit.method,
         features=config.fit.features,
+        confidence=config.fit.confidence,
     )
 
 

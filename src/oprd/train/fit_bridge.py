@@ -295,6 +295,7 @@ def _both(
             for (block, _), ours, theirs in zip(pairs, student, others, strict=True)
         ),
         micro_batch_tokens=micro_batch_tokens,
+        confidence=config.fit.confidence,
     )
 
 
