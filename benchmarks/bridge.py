@@ -36,7 +36,8 @@ AS_PUBLISHED = {"limit": FIT_PROMPTS, "features": 0, "confidence": 0.0}
 PUBLISHED = {"space": "projections", "layers": "all", "rank": "auto", "fit": AS_PUBLISHED}
 
 Arm = dict[str, Any]
-"""What an arm changes: `bridge` (keys of the objective), `alignment`, `learning_rate`; `opd`: it ends in OPD, or is OPD."""
+"""What an arm changes: `bridge` (keys of the objective), `alignment`, `learning_rate`; `opd`: it ends in OPD, or is OPD;
+`twin`: vanilla OPRD to a teacher of the student's shape and tokenizer, the control for what is lost across the bridge."""
 
 ARMS: dict[str, Arm] = {
     "full": {"bridge": {"rank": "full"}},
@@ -61,6 +62,8 @@ ARMS: dict[str, Arm] = {
     "published_refit_50": {"bridge": PUBLISHED | {"refit_every": 50}, "learning_rate": 1e-3},
     "full_1e-3": {"bridge": {"rank": "full"}, "learning_rate": 1e-3},
     "full_4e-3": {"bridge": {"rank": "full"}, "learning_rate": 4e-3},
+    "twin_all_blocks": {"twin": {}},
+    "twin_last_block": {"twin": {"layers": "last"}},
     "opd_2e-4": {"opd": True, "learning_rate": 2e-4},
     "opd_8e-4": {"opd": True, "learning_rate": 8e-4},
 }
@@ -107,6 +110,11 @@ def recipe_tree(name: str, arm: Arm, seed: int) -> dict[str, Any]:
         "seed": seed,
         "resume_from_checkpoint": "latest",
     }
+    if "twin" in arm:
+        return tree | {
+            "teacher": tree["teacher"] | {"model": str(MODELS / "teacher"), "alignment": "bytes"},
+            "objective": {"type": "oprd", "tokens": "all"} | arm["twin"],
+        }
     if not bridge:
         return tree | {"objective": OPD}
     if not arm.get("opd"):

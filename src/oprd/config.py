@@ -351,7 +351,7 @@ class BridgeConfig:
     """The file that `oprd fit-bridge` writes and training reads."""
     space: Literal["student", "projections"] = "student"
     """Where states are compared. `projections`: P_S h_S with P_T h_T, as published. `student`: h_S with the state that the
-    student had there before training, its coordinates along the canonical directions replaced by the teacher's [ours];
+    student had there before training, its coordinates along the canonical directions moved to the teacher's [ours];
     without LoRA a frozen copy of the student is kept for it."""
     rank: Literal["auto", "auto_shared", "full"] | Positive | tuple[Positive, ...] = "full"
     """`full`: all directions; best in the student's space [ours], where those left out keep the student's own mistakes.

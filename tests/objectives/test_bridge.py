@@ -221,7 +221,7 @@ def test_the_loss_between_projections_by_hand(bridge):
     assert student.grad is not None
 
 
-def test_the_target_in_the_students_space_is_its_own_state_with_the_teachers_coordinates(bridge, prompts, tmp_path):
+def test_the_target_in_the_students_space_is_its_own_state_moved_to_the_teachers_coordinates(bridge, prompts, tmp_path):
     objective = {"layers": "last", "rank": 5, "trust": 0.0}
     run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, objective)))
     found = run.objectives[0]
@@ -236,8 +236,9 @@ def test_the_target_in_the_students_space_is_its_own_state_with_the_teachers_coo
     assert paired.tolist() == [True, True, True, False, True, True, True, True, True]
     edited = found.edit(4, before, theirs, paired)
     assert_close(edited[3], before[3])
-    wanted = found.project("teacher", 4, theirs)
-    assert_close(found.project("student", 4, edited)[paired], wanted, atol=0.05, rtol=0.05)
+    own, wanted = found.project("student", 4, before)[paired], found.project("teacher", 4, theirs)
+    correlation = load_bridge(bridge).solutions[4].canonical[:5].sqrt()
+    assert_close(found.project("student", 4, edited)[paired] - own, correlation * (wanted - own), atol=0.05, rtol=0.05)
     # what of the state is no canonical coordinate is left as it was
     assert float((edited - before)[paired].norm()) < float(before[paired].norm())
     states = read_states(run.lm, batch, found.readings, head=False)

@@ -2,11 +2,12 @@
 
     projections [paper]:  u = P_S (h_S - mean_S),  v = P_T (h_T - mean_T)  in R^r
                           loss_t = mean over pairs of blocks of (1/r) ||u/|u| - sg(v/|v|)||^2
-    student [ours]:       h* = h_0 + A (B (f(h_T) - mean_f) - C (h_0 - mean_S)),  h_0 the student's state before training
+    student [ours]:       h* = h_0 + A R (B (f(h_T) - mean_f) - C (h_0 - mean_S)),  h_0 the student's state before training
                           loss_t = mean over pairs of blocks of (1/D_S) ||h_S/|h_S| - h*/|h*|||^2;  unpaired tokens keep h_0
 
 with the maps of a file that `oprd fit-bridge` wrote: C and B are the canonical directions of the two models, f the
-teacher's state with its features, A how the student's states move with its coordinates along C.
+teacher's state with its features, A how the student's states move with its coordinates along C, R their
+held-out correlations.
 """
 
 from collections.abc import Mapping
@@ -65,8 +66,10 @@ class Bridge(Objective, nn.Module):
             self.register_buffer(f"student_mean_{block}", solution.student_mean.clone())
             if not self.in_projections:
                 directions = solution.directions.first(rank)
-                for name in ("student", "teacher", "teacher_mean", "pattern"):
+                for name in ("student", "teacher", "teacher_mean"):
                     self.register_buffer(f"{name}_{block}", getattr(directions, name).clone())
+                correlation = solution.canonical[:rank, None].sqrt()
+                self.register_buffer(f"pattern_{block}", directions.pattern * correlation)
                 for name, tensor in directions.features.tensors():
                     self.register_buffer(f"features_{name}_{block}", tensor.clone())
                 continue
@@ -106,7 +109,10 @@ class Bridge(Objective, nn.Module):
     def edit(
         self, block: int, h_0: Float[Tensor, "N S"], h_t: Float[Tensor, "P T"], paired: Bool[Tensor, " N"]
     ) -> Float[Tensor, "N S"]:
-        """h*: the student's states before training, those of the P paired tokens with the teacher's coordinates."""
+        """h*: the student's states before training, those of the P paired tokens moved towards the teacher's coordinates.
+
+        Each coordinate goes as far as its held-out correlation: what hardly correlates would be replaced by noise.
+        """
         with torch.autocast(h_0.device.type, enabled=False):
             edited = h_0.float().clone()
             wanted = self.project("teacher", block, h_t) - self.project("student", block, edited[paired])
