@@ -1,4 +1,4 @@
-"""Why the bridge compares in the student's space: `python benchmarks/bridge_why.py`, three minutes of a core.
+"""Why the bridge compares in the student's space: `python benchmarks/bridge_why.py`, ten minutes of a core.
 
 On the miniature at the start of training, on its completions of held-out problems, and with the bridges of `bridge.py`:
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridge import ARMS, FIT_PROMPTS, OUT, PUBLISHED, recipe_tree
+from bridge import ARMS, AS_PUBLISHED, FIT_PROMPTS, OUT, PUBLISHED, recipe_tree
 from oprd.config import parse_recipe
 from oprd.data.collate import split_by_tokens
 from oprd.demo.run import HELD_OUT_PROBLEMS, MODELS, TRAINING_PROBLEMS
@@ -31,7 +31,6 @@ from oprd.types import HiddenTargets, PromptBatch, Rollouts
 
 RESULT = Path(__file__).parent / "results" / "bridge_why.json"
 TWIN = {"type": "local", "model": str(MODELS / "teacher"), "dtype": "float32"}
-NO_FEATURES = {"limit": FIT_PROMPTS, "features": 0}
 
 
 def ready(objective: dict[str, Any] | None, teacher: dict[str, Any] | None = None, **bridge: Any) -> Run:
@@ -102,21 +101,27 @@ def main() -> None:
     write_jsonl(OUT / "train.jsonl", sums(TRAINING_PROBLEMS, seed=1, held_out=False))
     write_jsonl(OUT / "held_out.jsonl", sums(HELD_OUT_PROBLEMS, seed=2, held_out=True))
     reference = gradient(ready({"type": "opd"}))
+    everywhere = {"rank": "full", "layers": "all", "fit": AS_PUBLISHED}
     runs = {
-        "oprd to the twin": ready({"type": "oprd", "tokens": "all"}),
+        "oprd to the twin, all blocks": ready({"type": "oprd", "tokens": "all"}),
+        "oprd to the twin, last block": ready({"type": "oprd", "tokens": "all", "layers": "last"}),
         "projections, all blocks [paper]": ready(None, **PUBLISHED),
         "projections, last block": ready(None, **(PUBLISHED | {"layers": "last"})),
-        "student's space, all blocks, no features": ready(None, rank="full", layers="all", fit=NO_FEATURES),
-        "student's space, last block, no features": ready(None, rank="full", fit=NO_FEATURES),
+        "student's space, all blocks, linear, all rows": ready(None, **everywhere),
+        "student's space, last block, linear, all rows": ready(None, **(everywhere | {"layers": "last"})),
         "student's space, last block": ready(None, **ARMS["full"]["bridge"]),
     }
     cosine = {name: round(float(gradient(run) @ reference), 4) for name, run in runs.items()}
+    fits = {
+        "linear, all rows": AS_PUBLISHED,
+        "512 features, all rows": {"limit": FIT_PROMPTS, "confidence": 0.0},
+        "linear, sure rows": {"limit": FIT_PROMPTS, "features": 0},
+        "512 features, sure rows": {"limit": FIT_PROMPTS},
+    }
     target = {
-        f"rank {rank}, {count} features": wrong_next_tokens(
-            ready(None, rank=rank, fit={"limit": FIT_PROMPTS} if count else NO_FEATURES)
-        )
-        for count in (0, 512)
-        for rank in (8, 32, 64, "full")
+        f"{name}, rank {rank}": wrong_next_tokens(ready(None, rank=rank, fit=fit))
+        for name, fit in fits.items()
+        for rank in ("full", 8, 32)
     }
     result = {"gradient_cosine": cosine, "target": target, **describe_machine()}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")

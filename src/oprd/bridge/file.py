@@ -131,8 +131,14 @@ def load_bridge(path: Path) -> BridgeFile:
         with safe_open(path, framework="pt") as stored:
             header = json.loads((stored.metadata() or {})["oprd_bridge"])
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError) as error:
-        raise DataError(f"objective.bridge: {path} was not written by `oprd fit-bridge`: {error}") from error
+        return _from_parts(header, tensors)
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise DataError(
+            f"objective.bridge: {path} was not written by `oprd fit-bridge`, or by another version of it: {error}"
+        ) from error
+
+
+def _from_parts(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BridgeFile:
     setting = header["setting"]
     solutions, measured = {}, {}
     for block, _ in setting["blocks"]:
