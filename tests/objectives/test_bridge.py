@@ -274,6 +274,20 @@ def as_rendered(lm, rollouts):
     return replace(rollouts, prompts=tuple(prompts))
 
 
+@pytest.mark.parametrize("space", ["student", "projections"])
+def test_a_truncated_completion_counts_as_the_first_part_of_the_whole(space, bridge, prompts, tmp_path):
+    run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, {"space": space, "trust": 0.0})))
+    whole = rollouts_of(run.lm, ["12+34=46\n46-5=41"])
+    cut = replace(whole, completion_ids=(whole.completion_ids[0][:8],))
+    values = []
+    for rollouts in map(run.teacher.prepare, (whole, cut)):
+        targets = run.teacher.targets(rollouts, run.teacher_readings, head=False)
+        batch = collate_student(rollouts, pad_id=0, device=run.lm.device)
+        values.append(run.model(batch, targets)[0].detach())
+    assert [len(v) for v in values] == ([16, 8] if space == "student" else [15, 7])  # 34 is one piece of the teacher
+    assert_close(values[1], values[0][: len(values[1])], atol=1e-4, rtol=1e-4)
+
+
 def test_the_student_at_start_stays_when_the_student_moves(bridge, prompts, tmp_path):
     run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, {"trust": 0.0})))
     rollouts = run.teacher.prepare(rollouts_of(run.lm, ["12+34=46"]))
