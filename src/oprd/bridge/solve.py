@@ -105,7 +105,7 @@ def ridge_strength(
     shrunk = 1 / (s + ridges)
     residual = variance - (gain * (2 * shrunk - s * shrunk.square())).sum(-1)
     freedom = (s * shrunk).sum(-1) + 1  # the mean
-    score = residual / (1 - freedom / n).square()
+    score = residual.clamp(min=0) / (1 - freedom / n).square()
     score = torch.where(freedom < n, score, torch.inf)
     return float(ridges[(score <= (1 + slack) * score.min()).nonzero().max()])
 
