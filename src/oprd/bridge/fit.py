@@ -27,6 +27,8 @@ from oprd.models import LanguageModel
 from oprd.teacher.base import Teacher
 from oprd.types import HiddenTargets, Prompt, Reading, Rollouts, States
 
+STANDARD_ROWS = 2048
+"""So many rows give mean and scale of the features."""
 HELD_OUT_COMPLETIONS = 512
 """So many are read again for the cosine: some thousands of rows, more than it needs."""
 
@@ -67,22 +69,26 @@ class Both:
         teacher = tuple(dict.fromkeys(pair.teacher for pair in self.pairs))
         training = self.lm.model.training
         self.lm.model.eval()
-        for micro in split_by_tokens(rollouts, self.micro_batch_tokens):
-            targets = self.teacher.targets(micro, teacher, head=False)
-            assert isinstance(targets, HiddenTargets)
-            batch = collate_student(micro, pad_id=self.lm.pad_id, device=self.lm.device)
-            states = self.read(batch, dict.fromkeys((*student, last)), head=self.confidence > 0)
-            sure = (
-                slice(None) if states.head is None else confidence(states.hidden[last], states.head) >= self.confidence
-            )
-            yield (
-                micro,
-                {
-                    pair.block: (states.hidden[pair.student][sure], targets.hidden[pair.teacher][sure])
-                    for pair in self.pairs
-                },
-            )
-        self.lm.model.train(training)
+        try:
+            for micro in split_by_tokens(rollouts, self.micro_batch_tokens):
+                targets = self.teacher.targets(micro, teacher, head=False)
+                assert isinstance(targets, HiddenTargets)
+                batch = collate_student(micro, pad_id=self.lm.pad_id, device=self.lm.device)
+                states = self.read(batch, dict.fromkeys((*student, last)), head=self.confidence > 0)
+                sure = (
+                    slice(None)
+                    if states.head is None
+                    else confidence(states.hidden[last], states.head) >= self.confidence
+                )
+                yield (
+                    micro,
+                    {
+                        pair.block: (states.hidden[pair.student][sure], targets.hidden[pair.teacher][sure])
+                        for pair in self.pairs
+                    },
+                )
+        finally:
+            self.lm.model.train(training)
 
     def nothing_yet(self, widths: tuple[int, int], *, features: int) -> "Sums":
         """The sums of every pair before any row; `widths` of student and teacher."""
@@ -99,11 +105,13 @@ class Both:
         return Sums(batches=0, features=drawn, fit=empty(), held_out=empty(), again=[])
 
     def standardise(self, features: Mapping[int, Features], rollouts: Rollouts) -> None:
-        """Bring the features to the scale of the teacher's states on these rollouts."""
+        """Bring the features to the scale of the teacher's states on some of these rollouts."""
         seen: dict[int, list[Tensor]] = {block: [] for block in features}
         for _, rows in self.rows(rollouts):
             for block, (_, teacher) in rows.items():
                 seen[block].append(teacher)
+            if min(sum(map(len, states)) for states in seen.values()) >= STANDARD_ROWS:
+                break
         for block, states in seen.items():
             features[block].standardise(torch.cat(states))
 
