@@ -45,7 +45,7 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 @app.command("fit-bridge")
 def fit_bridge(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Fit the projections of objective oprd_bridge; an interrupted fit goes on where it was."""
+    """Fit the maps of objective oprd_bridge; an interrupted fit goes on where it was."""
     parsed = load_recipe(recipe, overrides or [])
     from oprd.train.fit_bridge import fit_bridge as fit
 

@@ -129,7 +129,7 @@ class Sums:
     batches: int
     """So many batches of prompts are counted in."""
     features: dict[int, Features]
-    """Of each pair's teacher; standardised by the first batch."""
+    """Of each pair's teacher; standardised by the first rows."""
     fit: dict[int, Moments]
     held_out: dict[int, Moments]
     again: list[tuple[int, tuple[int, ...], bool]]

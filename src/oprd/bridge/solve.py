@@ -117,9 +117,8 @@ def canonical_directions(fit: Moments, features: Features) -> Directions:
     """
     n, c_ss = float(fit.count), fit.c_ss
     variance, square = fit.c_tt.diagonal(), fit.teacher_teacher.diagonal() / fit.count
-    unit = torch.where(
-        variance > _CONSTANT * square, variance.clamp(min=0).rsqrt(), 0.0
-    )  # 0: a feature that never fires
+    # 0 for a feature that never fires
+    unit = torch.where(variance > _CONSTANT * square, variance.clamp(min=0).rsqrt(), 0.0)
     c_st, c_tt = fit.c_st * unit, fit.c_tt * torch.outer(unit, unit)
     student_root = _inverse_root(c_ss, ridge_strength(c_ss, c_st, float(c_tt.trace()), n))
     teacher_root = _inverse_root(c_tt, ridge_strength(c_tt, c_st.T, float(c_ss.trace()), n, slack=SLACK))
