@@ -77,10 +77,10 @@ def test_a_rewriting_is_learned_on_only_if_it_is_whole_shorter_and_ends_in_the_s
         ]
     )
     teacher = RewritingTeacher(
-        RewritingTeacherConfig(teacher=None),
-        writer,
-        judge,
-        tokenizer,
+        config=RewritingTeacherConfig(teacher=None),
+        writer=writer,
+        judge=judge,
+        tokenizer=tokenizer,
         stop=tokenizer.eos_token_id,
         local=None,
         max_tokens=80,
@@ -105,9 +105,16 @@ def test_the_rewriting_teacher_sees_the_problem_and_the_completion(judge):
     tokenizer = load_miniature("teacher").tokenizer
     writer = Scripted([said("\\boxed{41}")])
     config = RewritingTeacherConfig(teacher=None, rewrite_prompt="{prompt} | {completion}", sampling_temperature=0.3)
-    RewritingTeacher(config, writer, judge, tokenizer, stop=tokenizer.eos_token_id, local=None, max_tokens=80).prepare(
-        rollouts(tokenizer, ["46, \\boxed{41}"])
+    teacher = RewritingTeacher(
+        config=config,
+        writer=writer,
+        judge=judge,
+        tokenizer=tokenizer,
+        stop=tokenizer.eos_token_id,
+        local=None,
+        max_tokens=80,
     )
+    teacher.prepare(rollouts(tokenizer, ["46, \\boxed{41}"]))
     (ask,) = writer.asked
     assert ask.messages == (Message(role="user", content="12+34-5 | 46, \\boxed{41}"),)
     assert (ask.prefix, ask.samples, ask.temperature) == ("", 1, 0.3)
@@ -117,7 +124,12 @@ def test_a_sequence_teacher_puts_its_own_completions_in_place_of_the_students():
     tokenizer = load_miniature("teacher").tokenizer
     writer = Scripted([said("46"), said("123456", finished=False), None])
     teacher = SequenceTeacher(
-        SequenceTeacherConfig(teacher=None), writer, tokenizer, stop=tokenizer.eos_token_id, local=None, max_tokens=4
+        config=SequenceTeacherConfig(teacher=None),
+        writer=writer,
+        tokenizer=tokenizer,
+        stop=tokenizer.eos_token_id,
+        local=None,
+        max_tokens=4,
     )
     after = teacher.prepare(rollouts(tokenizer, ["1", "2", "3"]))
     assert [decode(tokenizer, ids, special=True) for ids in after.completion_ids] == ["46<|end|>", "1234", ""]

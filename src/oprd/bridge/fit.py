@@ -66,6 +66,7 @@ class Both:
         """Micro-batch by micro-batch, the paired states [N, D] of every pair. `rollouts` come from `teacher.prepare`."""
         student = tuple(pair.student for pair in self.pairs)
         last = replace(student[0], block="last")
+        asked = dict.fromkeys((*student, last) if self.confidence > 0 else student)
         teacher = tuple(dict.fromkeys(pair.teacher for pair in self.pairs))
         training = self.lm.model.training
         self.lm.model.eval()
@@ -74,12 +75,10 @@ class Both:
                 targets = self.teacher.targets(micro, teacher, head=False)
                 assert isinstance(targets, HiddenTargets)
                 batch = collate_student(micro, pad_id=self.lm.pad_id, device=self.lm.device)
-                states = self.read(batch, dict.fromkeys((*student, last)), head=self.confidence > 0)
-                sure = (
-                    slice(None)
-                    if states.head is None
-                    else confidence(states.hidden[last], states.head) >= self.confidence
-                )
+                states = self.read(batch, asked, head=self.confidence > 0)
+                sure: slice | Tensor = slice(None)
+                if states.head is not None:
+                    sure = confidence(states.hidden[last], states.head) >= self.confidence
                 yield (
                     micro,
                     {
@@ -93,16 +92,12 @@ class Both:
     def nothing_yet(self, widths: tuple[int, int], *, features: int) -> "Sums":
         """The sums of every pair before any row; `widths` of student and teacher."""
         student, teacher = widths
-
-        def empty() -> dict[int, Moments]:
-            of_zero = (Moments.zeros(student, teacher + features, device=self.lm.device) for _ in self.pairs)
-            return {pair.block: moments for pair, moments in zip(self.pairs, of_zero, strict=True)}
-
-        drawn = {
-            pair.block: Features.random(teacher, features, seed=pair.block, device=self.lm.device)
-            for pair in self.pairs
-        }
-        return Sums(batches=0, features=drawn, fit=empty(), held_out=empty(), again=[])
+        blocks, device = [pair.block for pair in self.pairs], self.lm.device
+        fit, held_out = (
+            {block: Moments.zeros(student, teacher + features, device=device) for block in blocks} for _ in range(2)
+        )
+        drawn = {block: Features.random(teacher, features, seed=block, device=device) for block in blocks}
+        return Sums(batches=0, features=drawn, fit=fit, held_out=held_out, again=[])
 
     def standardise(self, features: Mapping[int, Features], rollouts: Rollouts) -> None:
         """Bring the features to the scale of the teacher's states on some of these rollouts."""

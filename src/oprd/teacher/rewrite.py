@@ -6,8 +6,8 @@ MPD: arXiv 2605.08776 [second-hand]; the prompt and the filters are ours, none w
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import Protocol, final
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Protocol, final
 
 from transformers import PreTrainedTokenizerBase
 
@@ -50,27 +50,21 @@ class Judge(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(eq=False, kw_only=True)
 class WritingTeacher(Teacher):
-    """A teacher whose text takes the place of the student's. `local` reads it if the writer is white-box. `stop`: the token
-    that ends the student's turn."""
+    """A teacher whose text takes the place of the student's."""
 
-    provides = frozenset({TextTargets})
+    provides: ClassVar = frozenset({TextTargets})
 
-    def __init__(
-        self,
-        writer: Writer,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        stop: int,
-        local: Teacher | None,
-        max_tokens: int,
-    ) -> None:
-        self._writer = writer
-        self._tokenizer = tokenizer
-        self._stop = stop
-        self._local = local
-        self._max_tokens = max_tokens
-        self._tallies: tuple[Tally, ...] = ()
+    writer: Writer
+    tokenizer: PreTrainedTokenizerBase
+    """The student's."""
+    stop: int
+    """The token that ends the student's turn."""
+    local: Teacher | None
+    """Reads the writer's text, if that is white-box."""
+    max_tokens: int
+    _tallies: tuple[Tally, ...] = field(default=(), init=False)
 
     @abstractmethod
     def check_prompt(self, prompt: Prompt) -> None:
@@ -80,20 +74,21 @@ class WritingTeacher(Teacher):
         prompts = tuple(prompts)
         for prompt in prompts:
             self.check_prompt(prompt)
-        if self._local is not None:
-            self._local.check_prompts(prompts)
+        if self.local is not None:
+            self.local.check_prompts(prompts)
 
     def tallies(self) -> tuple[Tally, ...]:
         return self._tallies
 
     def targets(self, rollouts: Rollouts, readings: Iterable[Reading], *, head: bool) -> TeacherTargets:
-        return TextTargets() if self._local is None else self._local.targets(rollouts, readings, head=head)
+        return TextTargets() if self.local is None else self.local.targets(rollouts, readings, head=head)
 
     def comparable(self, rollouts: Rollouts, readings: Iterable[Reading]) -> tuple[Reading, ...]:
-        return () if self._local is None else self._local.comparable(rollouts, readings)
+        return () if self.local is None else self.local.comparable(rollouts, readings)
 
 
 @final
+@dataclass(eq=False, kw_only=True)
 class RewritingTeacher(WritingTeacher):
     """The writer rewrites each completion more briefly.
 
@@ -101,33 +96,21 @@ class RewritingTeacher(WritingTeacher):
     weight in the likelihood of the teacher's text.
     """
 
-    def __init__(
-        self,
-        config: RewritingTeacherConfig,
-        writer: Writer,
-        judge: Judge,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        stop: int,
-        local: Teacher | None,
-        max_tokens: int,
-    ) -> None:
-        super().__init__(writer, tokenizer, stop=stop, local=local, max_tokens=max_tokens)
-        self._config = config
-        self._judge = judge
+    config: RewritingTeacherConfig
+    judge: Judge
 
     def check_prompt(self, prompt: Prompt) -> None:
         self._question(prompt, "")
 
     def prepare(self, rollouts: Rollouts) -> Rollouts:
-        texts = [decode(self._tokenizer, ids) for ids in rollouts.completion_ids]
-        answers = self._writer.write(
+        texts = [decode(self.tokenizer, ids) for ids in rollouts.completion_ids]
+        answers = self.writer.write(
             [[self._question(prompt, text)] for prompt, text in zip(rollouts.prompts, texts, strict=True)]
         )
-        own = self._judge.verify(texts, [prompt.answer or "" for prompt in rollouts.prompts])
+        own = self.judge.verify(texts, [prompt.answer or "" for prompt in rollouts.prompts])
         rewritten = [answer[0].texts[0].strip() if answer[0] is not None else "" for answer in answers]
-        same = self._judge.verify(rewritten, [verdict.extracted or "" for verdict in own])
-        ids = [(*encode(self._tokenizer, text), self._stop) for text in rewritten]
+        same = self.judge.verify(rewritten, [verdict.extracted or "" for verdict in own])
+        ids = [(*encode(self.tokenizer, text), self.stop) for text in rewritten]
         reasons = [
             _reason(answer[0], text, len(new) >= length, verdict.extracted, agrees.correct)
             for answer, text, new, length, verdict, agrees in zip(
@@ -146,14 +129,14 @@ class RewritingTeacher(WritingTeacher):
         )
 
     def close(self) -> None:
-        self._judge.close()
+        self.judge.close()
 
     def _question(self, prompt: Prompt, completion: str) -> Ask:
         columns = dict(prompt.columns) | {"prompt": prompt.messages[-1].content, "completion": completion}
-        turns = [Message(role="user", content=fill(self._config.rewrite_prompt, columns))]
-        if self._writer.system_prompt is not None:
-            turns.insert(0, Message(role="system", content=self._writer.system_prompt))
-        return Ask(messages=tuple(turns), max_tokens=self._max_tokens, temperature=self._config.sampling_temperature)
+        turns = [Message(role="user", content=fill(self.config.rewrite_prompt, columns))]
+        if self.writer.system_prompt is not None:
+            turns.insert(0, Message(role="system", content=self.writer.system_prompt))
+        return Ask(messages=tuple(turns), max_tokens=self.max_tokens, temperature=self.config.sampling_temperature)
 
     def _report(
         self, rollouts: Rollouts, ids: Sequence[Sequence[int]], reasons: Sequence[str | None], own: Sequence[Judged]
@@ -172,52 +155,42 @@ class RewritingTeacher(WritingTeacher):
                 of=float(len(kept)),
             ),
             *(Tally(name=f"rewrite/{reason}/sum", total=counts[reason]) for reason in REASONS),
-            *self._writer.tallies(),
+            *self.writer.tallies(),
         )
 
 
 @final
+@dataclass(eq=False, kw_only=True)
 class SequenceTeacher(WritingTeacher):
     """The writer answers the prompts itself, and the student learns on that."""
 
-    def __init__(
-        self,
-        config: SequenceTeacherConfig,
-        writer: Writer,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        stop: int,
-        local: Teacher | None,
-        max_tokens: int,
-    ) -> None:
-        super().__init__(writer, tokenizer, stop=stop, local=local, max_tokens=max_tokens)
-        self._config = config
+    config: SequenceTeacherConfig
 
     def check_prompt(self, prompt: Prompt) -> None:
-        self._writer.conversation(prompt)
+        self.writer.conversation(prompt)
 
     def prepare(self, rollouts: Rollouts) -> Rollouts:
         asks = [
             Ask(
-                messages=self._writer.conversation(prompt),
-                max_tokens=self._max_tokens,
-                temperature=self._config.sampling_temperature,
+                messages=self.writer.conversation(prompt),
+                max_tokens=self.max_tokens,
+                temperature=self.config.sampling_temperature,
             )
             for prompt in rollouts.prompts
         ]
-        answers = [row[0] for row in self._writer.write([[ask] for ask in asks])]
+        answers = [row[0] for row in self.writer.write([[ask] for ask in asks])]
         ids = [self._ids(answer) for answer in answers]
         lost = [answer is None for answer in answers]
         lengths = [len(row) for row, gone in zip(ids, lost, strict=True) if not gone]
         self._tallies = (
             Tally(name="sequence/length/mean", total=float(sum(lengths)), of=float(len(lengths))),
             Tally(name="sequence/lost/sum", total=sum(lost)),
-            *self._writer.tallies(),
+            *self.writer.tallies(),
         )
         return replace(
             rollouts,
             completion_ids=tuple(ids),
-            finished=tuple(bool(row) and row[-1] == self._stop for row in ids),
+            finished=tuple(bool(row) and row[-1] == self.stop for row in ids),
             answers=tuple(Lost(reason="no_reply") if gone else None for gone in lost) if any(lost) else None,
         )
 
@@ -225,8 +198,8 @@ class SequenceTeacher(WritingTeacher):
         """The teacher's text in the student's tokens, no longer than the student itself may write."""
         if answer is None:
             return ()
-        ids = encode(self._tokenizer, answer.texts[0])
-        return ((*ids, self._stop) if answer.finished[0] else ids)[: self._max_tokens]
+        ids = encode(self.tokenizer, answer.texts[0])
+        return ((*ids, self.stop) if answer.finished[0] else ids)[: self.max_tokens]
 
 
 def _reason(answer: Written | None, text: str, longer: bool, extracted: str | None, same: bool) -> str | None:

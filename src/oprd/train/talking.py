@@ -185,9 +185,13 @@ def wrap_writer(
     stop = end_of_turn(tokenizer, stops)
     room = recipe.rollout.max_completion_length
     if isinstance(config, SequenceTeacherConfig):
-        return SequenceTeacher(config, writer, tokenizer, stop=stop, local=local, max_tokens=room)
+        return SequenceTeacher(
+            config=config, writer=writer, tokenizer=tokenizer, stop=stop, local=local, max_tokens=room
+        )
     judge = LazyJudge(timeout_s=recipe.evaluation.verify_timeout_s)
-    return RewritingTeacher(config, writer, judge, tokenizer, stop=stop, local=local, max_tokens=room)
+    return RewritingTeacher(
+        config=config, judge=judge, writer=writer, tokenizer=tokenizer, stop=stop, local=local, max_tokens=room
+    )
 
 
 def audit(
