@@ -54,7 +54,7 @@ def collect() -> dict[int, tuple[Rows, Rows]]:
         size = len(rollouts) // len(batch)
         for aside in (False, True):
             some = [i for i in range(len(rollouts)) if is_held_out(batch[i // size], 0.1) == aside]
-            for _, rows in job.both.rows(rollouts.take(some)):
+            for rows in job.both.rows(rollouts.take(some)):
                 for block, pair in rows.items():
                     found[block][aside].append(pair)
         print(f"rollouts {number + 1}/{len(job.batches)}", flush=True)

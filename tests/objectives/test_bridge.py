@@ -68,10 +68,11 @@ def test_the_file_holds_every_rank_and_its_held_out_numbers(bridge):
         assert measured.held_out_rows < 0.2 * measured.rows
 
 
-def test_an_interrupted_fit_goes_on_and_gives_the_same_file(bridge, prompts, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["closed_form", "gradient"])
+def test_an_interrupted_fit_goes_on_and_gives_the_same_file(method, prompts, tmp_path, monkeypatch):
     monkeypatch.setattr(fitting, "SAVE_EVERY", 1)
     path = tmp_path / "b.safetensors"
-    recipe = bridge_recipe(tmp_path / "run", prompts, path)
+    recipe = bridge_recipe(tmp_path / "run", prompts, path, {"fit": {"method": method}})
     recipe["rollout"] |= {"max_sequences": 32}  # three batches
     whole = tmp_path / "whole.safetensors"
     fit_bridge(parse_recipe(recipe | {"objective": recipe["objective"] | {"bridge": str(whole)}}))
@@ -469,8 +470,8 @@ def test_a_fit_takes_rows_at_which_the_student_is_sure(prompts, tmp_path):
         )
         likeliest = (states.hidden[last] @ states.head.weight.T).softmax(-1).amax(-1)
         confident, total = confident + int((likeliest >= 0.9).sum()), total + len(likeliest)
-    taken = sum(len(rows[1][0]) for _, rows in job.both.rows(rollouts))
-    everything = sum(len(rows[1][0]) for _, rows in replace(job.both, confidence=0.0).rows(rollouts))
+    taken = sum(len(rows[1][0]) for rows in job.both.rows(rollouts))
+    everything = sum(len(rows[1][0]) for rows in replace(job.both, confidence=0.0).rows(rollouts))
     assert (taken, everything) == (confident, total)
     assert 0.5 * total < taken < total
 

@@ -1,4 +1,4 @@
-"""The fit: the student writes, both models read what it wrote, the sums grow. Rows are never kept.
+"""The fit: the student writes, both models read what it wrote, the sums grow. Only the gradient fit keeps rows.
 
 The mean cosine is no function of second moments, so the held-out completions (their ids, at most HELD_OUT_COMPLETIONS of
 them) are read once more after the solve.
@@ -62,7 +62,7 @@ class Both:
     """Only rows at which the student gives its likeliest next token at least this probability."""
 
     @torch.no_grad()
-    def rows(self, rollouts: Rollouts) -> Iterator[tuple[Rollouts, dict[int, Rows]]]:
+    def rows(self, rollouts: Rollouts) -> Iterator[dict[int, Rows]]:
         """Micro-batch by micro-batch, the paired states [N, D] of every pair. `rollouts` come from `teacher.prepare`."""
         student = tuple(pair.student for pair in self.pairs)
         last = replace(student[0], block="last")
@@ -79,17 +79,14 @@ class Both:
                 sure: slice | Tensor = slice(None)
                 if states.head is not None:
                     sure = confidence(states.hidden[last], states.head) >= self.confidence
-                yield (
-                    micro,
-                    {
-                        pair.block: (states.hidden[pair.student][sure], targets.hidden[pair.teacher][sure])
-                        for pair in self.pairs
-                    },
-                )
+                yield {
+                    pair.block: (states.hidden[pair.student][sure], targets.hidden[pair.teacher][sure])
+                    for pair in self.pairs
+                }
         finally:
             self.lm.model.train(training)
 
-    def nothing_yet(self, widths: tuple[int, int], *, features: int) -> "Sums":
+    def nothing_yet(self, widths: tuple[int, int], *, features: int, keep_rows: bool = False) -> "Sums":
         """The sums of every pair before any row; `widths` of student and teacher."""
         student, teacher = widths
         blocks, device = [pair.block for pair in self.pairs], self.lm.device
@@ -97,12 +94,13 @@ class Both:
             {block: Moments.zeros(student, teacher + features, device=device) for block in blocks} for _ in range(2)
         )
         drawn = {block: Features.random(teacher, features, seed=block, device=device) for block in blocks}
-        return Sums(batches=0, features=drawn, fit=fit, held_out=held_out, again=[])
+        rows: dict[int, list[Rows]] = {block: [] for block in blocks} if keep_rows else {}
+        return Sums(batches=0, features=drawn, fit=fit, held_out=held_out, again=[], rows=rows)
 
     def standardise(self, features: Mapping[int, Features], rollouts: Rollouts) -> None:
         """Bring the features to the scale of the teacher's states on some of these rollouts."""
         seen: dict[int, list[Tensor]] = {block: [] for block in features}
-        for _, rows in self.rows(rollouts):
+        for rows in self.rows(rollouts):
             for block, (_, teacher) in rows.items():
                 seen[block].append(teacher)
             if min(sum(map(len, states)) for states in seen.values()) >= STANDARD_ROWS:
@@ -110,11 +108,14 @@ class Both:
         for block, states in seen.items():
             features[block].standardise(torch.cat(states))
 
-    def add(self, moments: Mapping[int, Moments], features: Mapping[int, Features], rollouts: Rollouts) -> None:
+    def add(self, sums: "Sums", rollouts: Rollouts, *, measuring: bool) -> None:
         """Count the rollouts' rows in."""
-        for _, rows in self.rows(rollouts):
+        moments = sums.held_out if measuring else sums.fit
+        for rows in self.rows(rollouts):
             for block, (student, teacher) in rows.items():
-                moments[block].add(student, features[block](teacher))
+                moments[block].add(student, sums.features[block](teacher))
+                if sums.rows and not measuring:
+                    sums.rows[block].append((student.float().cpu(), teacher.float().cpu()))
 
 
 @dataclass(kw_only=True)
@@ -129,11 +130,19 @@ class Sums:
     held_out: dict[int, Moments]
     again: list[tuple[int, tuple[int, ...], bool]]
     """Held-out completions to be read again: (index of the prompt, ids, finished)."""
+    rows: dict[int, list[Rows]]
+    """Those that are fitted to, for the gradient fit; empty without one."""
 
     def save(self, path: Path, key: str) -> None:
         """Write the record. `key` says which fit it is."""
         header = json.dumps({"key": key, "batches": self.batches, "again": self.again})
-        save_synced(dict(self._tensors()), path, {"fit": header})
+        rows = {
+            f"rows.{block}.{side}": torch.cat(parts)
+            for block, pairs in self.rows.items()
+            if pairs
+            for side, parts in zip(("student", "teacher"), zip(*pairs, strict=True), strict=True)
+        }
+        save_synced(dict(self._tensors()) | rows, path, {"fit": header})
 
     def load(self, path: Path, key: str) -> None:
         """Go on where `path` was written. Raises DataError when that was another fit."""
@@ -146,6 +155,10 @@ class Sums:
                 )
             for name, tensor in self._tensors():
                 tensor.copy_(stored.get_tensor(name))
+            stored_rows = [name for name in stored.keys() if name.startswith("rows.")]  # noqa: SIM118  # no dict
+            for block, kept in self.rows.items():
+                sides = [stored.get_tensor(name) for name in sorted(stored_rows) if name.startswith(f"rows.{block}.")]
+                kept += [(sides[0], sides[1])] if sides else []
         self.batches = header["batches"]
         self.again = [(index, tuple(ids), finished) for index, ids, finished in header["again"]]
 
@@ -168,28 +181,25 @@ def accumulate(
     *,
     held_out: float,
     after_batch: Callable[[Sums], Any],
-    keep: Callable[[Rollouts], Any] | None = None,
 ) -> None:
     """Count in the batches of prompt indices that are not yet. `write` gives the completions of a batch by its number,
-    each prompt's together and in order; `keep` is shown those that are fitted to."""
+    each prompt's together and in order."""
     for number in range(sums.batches, len(batches)):
         rollouts = both.teacher.prepare(write(number))
         if number == 0:
             both.standardise(sums.features, rollouts)
         size = len(rollouts) // len(batches[number])
         asides = [is_held_out(batches[number][i // size], held_out) for i in range(len(rollouts))]
-        for measuring, moments in ((False, sums.fit), (True, sums.held_out)):
+        for measuring in (False, True):
             some = [i for i, aside in enumerate(asides) if aside == measuring]
             if some:
-                both.add(moments, sums.features, rollouts.take(some))
+                both.add(sums, rollouts.take(some), measuring=measuring)
         room = HELD_OUT_COMPLETIONS - len(sums.again)
         sums.again += [
             (batches[number][i // size], rollouts.completion_ids[i], rollouts.finished[i])
             for i, aside in enumerate(asides)
             if aside
         ][: max(0, room)]
-        if keep is not None:
-            keep(rollouts.take([i for i, aside in enumerate(asides) if not aside]))
         sums.batches = number + 1
         after_batch(sums)
 
@@ -208,14 +218,12 @@ def solve_all(both: Both, sums: Sums, *, max_rank: int) -> dict[int, Solution]:
     }
 
 
-def solve_by_gradient(
-    both: Both, sums: Sums, rows: Mapping[int, list[Rows]], *, max_rank: int, seed: int
-) -> dict[int, Solution]:
-    """The authors' fit on kept rows; the canonical directions are those of the closed form, which has no gradient fit."""
+def solve_by_gradient(both: Both, sums: Sums, *, max_rank: int, seed: int) -> dict[int, Solution]:
+    """The authors' fit on the kept rows; the canonical directions are those of the closed form, which has no gradient fit."""
     closed = solve_all(both, sums, max_rank=max_rank)
     solutions = {}
     for pair in both.pairs:
-        student, teacher = (torch.cat(side) for side in zip(*rows[pair.block], strict=True))
+        student, teacher = (torch.cat(side) for side in zip(*sums.rows[pair.block], strict=True))
         p_s, p_t, mean = fit_by_gradient(student, teacher, max_rank=max_rank, seed=seed)
         no_bias = torch.zeros(student.shape[1], dtype=torch.float64)
         measured = sums.held_out[pair.block].of_first(teacher.shape[1])
@@ -244,7 +252,7 @@ def measure_cosine(
     )
     totals = {pair.block: torch.zeros(len(solutions[pair.block].student_projection)).double() for pair in both.pairs}
     counts = dict.fromkeys(totals, 0)
-    for _, rows in both.rows(rollouts):
+    for rows in both.rows(rollouts):
         for block, (student, teacher) in rows.items():
             solution = solutions[block]
             u = (student.double() - solution.student_mean) @ solution.student_projection.double().T

@@ -16,7 +16,6 @@ from oprd.bridge.file import BridgeFile, Setting, Side, side_of
 from oprd.bridge.fit import (
     Both,
     Pair,
-    Rows,
     Sums,
     accumulate,
     measure_cosine,
@@ -81,45 +80,30 @@ class Job:
     """Hash of all of this: only the same fit is gone on with."""
 
     def nothing_yet(self) -> Sums:
-        return self.both.nothing_yet(self.widths, features=self.config.fit.features)
+        fit = self.config.fit
+        return self.both.nothing_yet(self.widths, features=fit.features, keep_rows=fit.method == "gradient")
 
 
 def fit_bridge(recipe: Recipe, given: Given | None = None) -> Fitted:
-    """Fit and write the bridge. An interrupted closed-form fit goes on where it was.
+    """Fit and write the bridge. An interrupted fit goes on where it was.
 
     Raises an OprdError before anything is loaded for what can be known then, and never writes over a file.
     """
     job = prepare_fit(recipe, given or Given())
-    by_gradient = job.config.fit.method == "gradient"
     sums = job.nothing_yet()
     partial = job.path.with_name(f"{job.path.name}.partial")
-    if partial.exists() and not by_gradient:
+    if partial.exists():
         _go_on(sums, partial, job.key)
-    kept: dict[int, list[Rows]] = {pair.block: [] for pair in job.both.pairs}
-
-    def keep(rollouts: Rollouts) -> None:
-        for _, rows in job.both.rows(rollouts):
-            for block, (student, teacher) in rows.items():
-                kept[block].append((student.float().cpu(), teacher.float().cpu()))
-
     with progress_bar(f"fit {job.path.name}", len(job.batches), done=sums.batches) as bar:
 
         def after_batch(now: Sums) -> None:
             bar.advance(1, f"{int(next(iter(now.fit.values())).count)} rows")
-            if now.batches % SAVE_EVERY == 0 and not by_gradient:
+            if now.batches % SAVE_EVERY == 0:
                 now.save(partial, job.key)
 
-        accumulate(
-            job.both,
-            sums,
-            job.batches,
-            job.write,
-            held_out=job.config.fit.held_out,
-            after_batch=after_batch,
-            keep=keep if by_gradient else None,
-        )
-    if by_gradient:
-        solutions = solve_by_gradient(job.both, sums, kept, max_rank=job.max_rank, seed=job.seed)
+        accumulate(job.both, sums, job.batches, job.write, held_out=job.config.fit.held_out, after_batch=after_batch)
+    if sums.rows:
+        solutions = solve_by_gradient(job.both, sums, max_rank=job.max_rank, seed=job.seed)
     else:
         solutions = solve_all(job.both, sums, max_rank=job.max_rank)
     file = BridgeFile(
