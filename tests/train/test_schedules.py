@@ -106,6 +106,7 @@ def test_a_step_makes_its_updates_and_resumes_exactly(objective, tmp_path, train
     run_recipe(parse_recipe(tree))
     rows = metrics(tmp_path / "whole")
     assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(("train/reverse_kl/clipped/share" in row) == (objective is SAMPLED) for row in rows)
     # 9 updates in all, three of them a step: the rate falls by a third a step
     assert [row["train/learning_rate"] for row in rows] == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
     real = loop._save

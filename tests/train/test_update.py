@@ -238,6 +238,40 @@ def test_two_processes_sample_evaluate_and_resume(how, tmp_path, train_file, hel
     assert (tmp_path / "run" / "student" / "adapter_model.safetensors").is_file()
 
 
+TALKING = {
+    "omni": {"objective": {"type": "omni_opd", "chunk_tokens": 5, "chunks": 2, "continuations": 2}},
+    "rewrite": {
+        "objective": {"type": "nll"},
+        "teacher": {
+            "type": "rewrite",
+            "teacher": {"type": "local", "model": str(MODELS / "teacher"), "dtype": "float32"},
+        },
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "which"), [("ddp", "omni"), ("fsdp2", "omni"), ("ddp", "rewrite")])
+def test_two_processes_are_told_by_their_teachers_and_add_up(how, which, tmp_path, train_file):
+    tree = miniature_recipe(tmp_path / "run", train_file, max_steps=2, **TALKING[which])
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    launch(tmp_path / "recipe.yaml", how)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        if which == "omni":
+            assert 0 < row["omni/audited/share"] <= 1
+            assert row["omni/teacher_tokens/mean"] > 0
+            assert row["train/grad_norm"] > 0
+        else:
+            reasons = ("no_reply", "empty", "unfinished", "not_shorter", "no_answer", "other_answer")
+            rejected = sum(row[f"rewrite/{reason}/sum"] for reason in reasons)
+            assert rejected + row["rewrite/kept/share"] * 8 == pytest.approx(8)  # of both processes
+    if which == "omni":
+        assert rows[0]["omni/anchor_kl/mean"] < 1e-6 < rows[1]["omni/anchor_kl/mean"]
+    assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "space"), [("ddp", "projections"), ("fsdp2", "projections"), ("fsdp2", "student")])
 def test_a_bridge_gives_the_weights_of_one_process(how, space, given_completions, tmp_path):

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oprd.config import Tokens
-from oprd.types import Reading, Rollouts, States, TeacherTargets, TokenSelection
+from oprd.types import Reading, Rollouts, States, Tally, TeacherTargets, TokenSelection
 
 LAST_K = 2000
 """Supervised tokens of a completion under first_k and last_k unless given [paper]."""
@@ -43,6 +43,10 @@ class Objective(ABC):
     @abstractmethod
     def per_token(self, student: States, teacher: TeacherTargets) -> Float[Tensor, " N"]:
         """One value per supervised token. Gradient flows to the student only; nothing is averaged here."""
+
+    def tallies(self) -> tuple[Tally, ...]:
+        """What it counted in the step's updates since it was last asked; the same names on every process."""
+        return ()
 
     def supervised(self, rollouts: Rollouts) -> tuple[int, ...]:
         """Tokens of each completion for which `per_token` has a value."""

@@ -28,6 +28,7 @@ from oprd.types import (
     Reading,
     SampledTargets,
     States,
+    Tally,
     TeacherTargets,
     TokenSelection,
     TopKTargets,
@@ -74,6 +75,7 @@ class OutputKL(Objective):
         # only the sampled estimators need correction
         self.importance_weighted = config.estimator == "sampled" and not config.redraw
         self._importance_clip = config.importance_clip or IMPORTANCE_CLIP
+        self._weights: list[Tensor] = []
 
     def per_token(self, student: States, teacher: TeacherTargets) -> Float[Tensor, " N"]:
         assert student.head is not None
@@ -100,7 +102,17 @@ class OutputKL(Objective):
         if then is None:
             return values
         now = sampled_logprobs(hidden, student.head, ids)
-        return reference.importance_weights(now, then, self._importance_clip) * values
+        weights = reference.importance_weights(now, then, self._importance_clip)
+        self._weights.append(weights)
+        return weights * values
+
+    def tallies(self) -> tuple[Tally, ...]:
+        """With stale rollouts: the share of importance weights that the clip cut."""
+        if not self._weights:
+            return ()
+        weights, self._weights = torch.cat(self._weights), []
+        cut = int((weights >= self._importance_clip).sum())
+        return (Tally(name=f"train/{self.name}/clipped/share", total=float(cut), of=float(len(weights))),)
 
     def _served(self, student: States, teacher: TeacherTargets) -> Divergence:
         """The divergence from what a server says, which covers every token of the completions, by token number."""

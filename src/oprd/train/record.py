@@ -21,7 +21,7 @@ def step_metrics(run: Run, update: Update, health: Health | None, rollouts: Roll
     empty = sum(length == 0 or (length == 1 and done) for length, done in zip(lengths, rollouts.finished, strict=True))
     mine = [len(rollouts), sum(lengths), sum(not done for done in rollouts.finished), empty]
     completions, generated, truncated, empties = gather(run, list(map(float, mine))).sum(0).tolist()
-    tallies = run.teacher.tallies()
+    tallies = (*run.teacher.tallies(), *(tally for objective in run.objectives for tally in objective.tallies()))
     told = gather(run, [x for tally in tallies for x in (tally.total, tally.of or 0.0)]).sum(0).tolist()
     names = term_names(run.objectives)
     total = sum(o.coefficient * loss for o, loss in zip(run.objectives, update.losses, strict=True))
