@@ -2,6 +2,7 @@
 
     python benchmarks/bridge.py                  # every arm, seeds 0, 1, 2; finished ones are kept
     python benchmarks/bridge.py auto shared_ids --seeds 0
+    python benchmarks/bridge.py --table          # what is measured, as in docs/bridge.md
 
 Each arm is a recipe of 200 steps of 64 completions; runs, bridges and scores are under runs/bridge, the table in
 benchmarks/results/bridge.json. All arms have the same seeds, prompts and evaluation; learning rates are those of ARMS,
@@ -11,6 +12,8 @@ tuned on seed 0.
 import argparse
 import dataclasses
 import json
+import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,7 @@ Arm = dict[str, Any]
 """What an arm changes: `bridge` (keys of the objective), `alignment`, `learning_rate`; `opd`: it ends in OPD, or is OPD;
 `twin`: vanilla OPRD to a teacher of the student's shape and tokenizer, the control for what is lost across the bridge."""
 
+NOT_SHARPENED = {"sharpen": False}
 ARMS: dict[str, Arm] = {
     "full": {"bridge": {"rank": "full"}},
     "auto": {"bridge": {"rank": "auto"}},
@@ -52,6 +56,11 @@ ARMS: dict[str, Arm] = {
     "no_features": {"bridge": {"rank": "full", "fit": {"limit": FIT_PROMPTS, "features": 0}}},
     "all_rows": {"bridge": {"rank": "full", "fit": {"limit": FIT_PROMPTS, "confidence": 0.0}}},
     "all_blocks": {"bridge": {"rank": "full", "layers": "all"}},
+    **{f"{rank}_not_sharpened": {"bridge": {"rank": rank} | NOT_SHARPENED} for rank in ("full", "auto")},
+    **{f"rank_{r}_not_sharpened": {"bridge": {"rank": r} | NOT_SHARPENED} for r in (2, 4, 8, 16, 32)},
+    "shared_ids_not_sharpened": {"bridge": {"rank": "full"} | NOT_SHARPENED, "alignment": "shared_ids"},
+    "all_blocks_not_sharpened": {"bridge": {"rank": "full", "layers": "all"} | NOT_SHARPENED},
+    "full_then_opd_not_sharpened": {"bridge": {"rank": "full"} | NOT_SHARPENED, "opd": True, "learning_rate": 4e-4},
     "gradient": {
         "bridge": PUBLISHED | {"fit": AS_PUBLISHED | {"method": "gradient"}},
         "learning_rate": 1e-3,
@@ -62,6 +71,7 @@ ARMS: dict[str, Arm] = {
     "published_refit_50": {"bridge": PUBLISHED | {"refit_every": 50}, "learning_rate": 1e-3},
     "full_1e-3": {"bridge": {"rank": "full"}, "learning_rate": 1e-3},
     "full_4e-3": {"bridge": {"rank": "full"}, "learning_rate": 4e-3},
+    "auto_4e-3": {"bridge": {"rank": "auto"}, "learning_rate": 4e-3},
     "twin_all_blocks": {"twin": {}},
     "twin_last_block": {"twin": {"layers": "last"}},
     "opd_2e-4": {"opd": True, "learning_rate": 2e-4},
@@ -164,7 +174,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="OPRD-Bridge across width, depth and tokenizer, on the miniature.")
     parser.add_argument("arms", nargs="*", help="all unless given")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--table", action="store_true", help="print the results as Markdown and do nothing else")
     asked = parser.parse_args()
+    if asked.table:
+        print(table(asked.arms or ARMS))
+        return
     torch.set_num_threads(1)
     OUT.mkdir(parents=True, exist_ok=True)
     write_jsonl(OUT / "train.jsonl", sums(TRAINING_PROBLEMS, seed=1, held_out=False))
@@ -176,6 +190,22 @@ def main() -> None:
         for name in asked.arms or ARMS:
             if (name, seed) not in read_rows():
                 add_row(run_arm(name, ARMS[name], seed))
+
+
+def table(arms: Iterable[str]) -> str:
+    """Mean over seeds, and avg@4 of every seed."""
+    rows = read_rows()
+    lines = ["| | avg@4 | of seeds | best@4 | distinct 4-grams | mean length |", "|---|---|---|---|---|---|"]
+    for name in ("base", "wide_teacher", *arms):
+        found = [rows[name, seed] for seed in (None, *SEEDS) if (name, seed) in rows]
+        if not found:
+            continue
+        seeds = ", ".join(f"{row['avg_at_k']:.3f}" for row in found if row["seed"] is not None)
+        avg, best, distinct, length = (
+            statistics.mean(row[key] for row in found) for key in ("avg_at_k", "best_at_k", "distinct_4", "mean_length")
+        )
+        lines.append(f"| `{name}` | {avg:.3f} | {seeds} | {best:.3f} | {distinct:.3f} | {length:.1f} |")
+    return "\n".join(lines)
 
 
 def read_rows() -> dict[tuple[str, int | None], dict[str, Any]]:

@@ -71,13 +71,13 @@ def wrong_next_tokens(run: Run) -> dict[str, float]:
         assert isinstance(targets, HiddenTargets)
         batch = student_batch(run, micro)
         states = read_states(run.lm, batch, objective.readings, head=True)
-        theirs, before = (targets.hidden[reading] for reading in objective.teacher_readings)
+        theirs, ours = objective.teacher_readings
         paired = batch.completion_mask(objective.tokens)[batch.written_mask(objective.tokens)]
-        edited = objective.edit(objective.pairs[0][0], before, theirs, paired)
+        edited = objective.target(objective.pairs[0][0], ours, theirs, targets, paired)
         wanted = torch.tensor([t for i in range(len(micro)) for t in next_tokens(run, micro, i, right)])
         known = wanted >= 0
         assert states.head is not None
-        logprobs = [(h[known] @ states.head.weight.T).log_softmax(-1) for h in (before, edited)]
+        logprobs = [(h[known] @ states.head.weight.T).log_softmax(-1) for h in (targets.hidden[ours], edited)]
         counts[0] += int(known.sum())
         for i, rows in enumerate(logprobs):
             counts[1 + 2 * i] += int((rows.argmax(-1) != wanted[known]).sum())

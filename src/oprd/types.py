@@ -388,6 +388,10 @@ class HiddenTargets:
     """The teacher's head, for objectives that compare distributions; applied chunk by chunk, never kept."""
     batch: MicroBatch | None = None
     """The tokens as the teacher read them, which may be other ones than the student's."""
+    sure: Mapping[Reading, Float[Tensor, " N"]] = field(default_factory=dict)
+    """At readings of the last block, where they are asked for, the probability of the teacher's likeliest next token."""
+    start_head: LMHead | None = None
+    """The student's head before training, beside its states of then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,8 +19,9 @@ from oprd.data.chat import render
 from oprd.data.collate import collate_student, split_by_tokens
 from oprd.demo.task import sums, write_jsonl
 from oprd.errors import ConfigError, DataError, TeacherMismatch
+from oprd.kernels.chunked import REACH
 from oprd.models import read_states
-from oprd.objectives.bridge import Bridge
+from oprd.objectives.bridge import SURE, Bridge
 from oprd.train import fit_bridge as fitting
 from oprd.train.build import build
 from oprd.train.check import Given
@@ -223,7 +224,7 @@ def test_the_loss_between_projections_by_hand(bridge):
 
 
 def test_the_target_in_the_students_space_is_its_own_state_moved_to_the_teachers_coordinates(bridge, prompts, tmp_path):
-    objective = {"layers": "last", "rank": 5, "trust": 0.0}
+    objective = {"layers": "last", "rank": 5, "trust": 0.0, "sharpen": False}
     run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, objective)))
     found = run.objectives[0]
     rollouts = run.teacher.prepare(as_rendered(run.lm, rollouts_of(run.lm, ["12+34=46", "9"])))
@@ -253,6 +254,39 @@ def test_the_target_in_the_students_space_is_its_own_state_moved_to_the_teachers
     assert theirs.grad_fn is None
     assert before.grad_fn is None
     assert run.lm.model.model.layers[3].mlp.up_proj.weight.grad is not None
+
+
+def test_the_target_is_made_as_sure_as_the_teacher_is(bridge, prompts, tmp_path):
+    run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, {"rank": "full", "trust": 0.0})))
+    found = run.objectives[0]
+    rollouts = run.teacher.prepare(as_rendered(run.lm, rollouts_of(run.lm, ["12+34=46\n46-5=42\n\\boxed{43}", "9"])))
+    weight = run.lm.core.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        run.lm.core.lm_head.weight.mul_(2.0)  # the head at start is what counts, not the one that has moved
+    targets = run.teacher.targets(rollouts, run.teacher_readings, head=False)
+    batch = collate_student(rollouts, pad_id=0, device=run.lm.device)
+    paired = batch.completion_mask(found.tokens)[batch.written_mask(found.tokens)]
+    theirs, ours = found._of_teacher[3], found.readings[3]
+    assert list(targets.sure) == [theirs]  # the last block's
+    assert_close(targets.start_head.weight, weight)
+    lm = load_miniature("wide_teacher")
+    assert_close(targets.sure[theirs], (targets.hidden[theirs] @ lm.core.lm_head.weight.T).softmax(-1).amax(-1))
+    plain = found.edit(4, targets.hidden[ours], targets.hidden[theirs], paired)
+    sharp = found.target(4, ours, theirs, targets, paired)
+    assert_close(sharp[~paired], plain[~paired])
+    before, after = ((h[paired] @ weight.T).softmax(-1).max(-1) for h in (plain, sharp))
+    assert torch.equal(before.indices, after.indices)
+    least = targets.sure[theirs].clamp(max=SURE)
+    unsure = before.values < least
+    assert 0 < int(unsure.sum()) < len(unsure)
+    assert float((after.values - before.values)[unsure].min()) > 0.01
+    far = (sharp - plain)[paired].norm(dim=-1) >= 0.999 * REACH * plain[paired].norm(dim=-1)
+    assert float((least - after.values)[unsure & ~far].max()) < 0.001
+    assert int((unsure & ~far).sum()) > 0
+    assert torch.equal(sharp[paired][~unsure], plain[paired][~unsure])
+    # lower blocks have no head to be sure by
+    below = found.target(3, found.readings[2], found._of_teacher[2], targets, paired)
+    assert_close(below, found.edit(3, *(targets.hidden[r] for r in (found.readings[2], found._of_teacher[2])), paired))
 
 
 def test_a_pair_that_only_an_unlikely_token_made_is_dropped(bridge, prompts, tmp_path):

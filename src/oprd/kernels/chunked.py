@@ -17,6 +17,10 @@ CHUNK_ELEMENTS = 2**23
 """Logits held at once per model: 32 MiB in float32; the loss's own temporaries are a handful of that."""
 
 
+REACH, HALVINGS = 0.25, 12
+"""How far `sharpen` goes at most, as a share of the state's norm, and how finely it looks [ours]."""
+
+
 def chunk_rows(vocabulary: int) -> int:
     """Rows whose logits are held at once."""
     return max(16, CHUNK_ELEMENTS // vocabulary)
@@ -25,13 +29,8 @@ def chunk_rows(vocabulary: int) -> int:
 def logits(hidden: Float[Tensor, "C D"], head: LMHead) -> Float[Tensor, "C V"]:
     """Logits in float32 (float64 for float64 input), however the model computes: rounding them to bfloat16 first
     changes gradients by several per cent (LESSONS: Liger 1432)."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    with torch.autocast(hidden.device.type, enabled=False):
-        out = hidden.to(dtype) @ head.weight.to(hidden.device, dtype).T
-        if head.bias is not None:
-            out = out + head.bias.to(hidden.device, dtype)
-    out = out * head.scale if head.scale != 1.0 else out
-    return out if head.softcap is None else head.softcap * torch.tanh(out / head.softcap)
+    out = _scores(hidden, head)
+    return _finish(out if head.bias is None else out + head.bias.to(out), head)
 
 
 def head_divergence(
@@ -70,11 +69,41 @@ def sampled_logprobs(hidden: Float[Tensor, "N D"], head: LMHead, sampled_ids: In
     return torch.cat(parts) if parts else hidden.new_empty(0)
 
 
+@torch.no_grad()
 def confidence(hidden: Float[Tensor, "N D"], head: LMHead) -> Float[Tensor, " N"]:
     """Probability of the likeliest token at each position. No gradient."""
-    step = chunk_rows(len(head.weight))
-    parts = [logits(rows, head).softmax(-1).amax(-1) for rows in hidden.split(step)]
-    return torch.cat(parts) if parts else hidden.new_empty(0)
+    return torch.cat([logits(rows, head).softmax(-1).amax(-1) for rows in hidden.split(chunk_rows(len(head.weight)))])
+
+
+@torch.no_grad()
+def sharpen(
+    hidden: Float[Tensor, "N D"], head: LMHead, least: Float[Tensor, " N"], patterns: Float[Tensor, "R D"]
+) -> Float[Tensor, "N D"]:
+    """The states moved on until `head` gives its likeliest token at least the probability `least`, at most by REACH of
+    their norm. No gradient.
+
+    Each moves on a line: along the gradient of that log-probability as far as it lies in `patterns`, the ways in which
+    such states move. Where a state is sure enough it stays.
+    """
+    moved = hidden.float().clone()
+    for rows in torch.arange(len(hidden), device=hidden.device).split(chunk_rows(len(head.weight))):
+        top = logits(moved[rows], head).softmax(-1).amax(-1)
+        rows = rows[top < least[rows]]
+        h = moved[rows]
+        scores = _scores(h, head) if head.bias is None else _scores(h, head) + head.bias.to(h)
+        p = _finish(scores, head).softmax(-1)
+        likeliest = p.argmax(-1, keepdim=True)
+        weight = head.weight.to(h)
+        direction = (weight[likeliest[:, 0]] - p @ weight) @ patterns.T @ patterns
+        direction *= h.norm(dim=-1, keepdim=True) / direction.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        slope = _scores(direction, head)
+        near, far = h.new_zeros(len(h), 1), h.new_full((len(h), 1), REACH)
+        for _ in range(HALVINGS):
+            middle = (near + far) / 2
+            sure = _finish(scores + middle * slope, head).softmax(-1).gather(-1, likeliest) >= least[rows, None]
+            near, far = torch.where(sure, near, middle), torch.where(sure, middle, far)
+        moved[rows] = h + far * direction
+    return moved
 
 
 def head_logprobs(hidden: Float[Tensor, "N D"], head: LMHead, ids: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
@@ -157,6 +186,18 @@ def _sweep(
         if grad_bias is not None:
             grad_bias += grad.sum(0)
     return values, grad_hidden, grad_weight, grad_bias
+
+
+def _scores(hidden: Float[Tensor, "C D"], head: LMHead) -> Float[Tensor, "C V"]:
+    """What the head makes of the states before bias, scale and softcap: linear in them."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return hidden.to(dtype) @ head.weight.to(hidden.device, dtype).T
+
+
+def _finish(scores: Float[Tensor, "C V"], head: LMHead) -> Float[Tensor, "C V"]:
+    scores = scores * head.scale if head.scale != 1.0 else scores
+    return scores if head.softcap is None else head.softcap * torch.tanh(scores / head.softcap)
 
 
 def _through_logits(grad: Tensor, student_logits: Tensor, head: LMHead) -> Tensor:

@@ -7,7 +7,7 @@
 
 with the maps of a file that `oprd fit-bridge` wrote: C and B are the canonical directions of the two models, f the
 teacher's state with its features, A how the student's states move with its coordinates along C, R their
-held-out correlations.
+held-out correlations. In the last block h* is moved on along A until the student's head is as sure as the teacher's.
 """
 
 from collections.abc import Mapping
@@ -25,10 +25,14 @@ from oprd.bridge.file import BridgeFile, Setting, check_setting, load_bridge
 from oprd.bridge.solve import Solution, auto_rank
 from oprd.config import BridgeConfig
 from oprd.errors import ConfigError
+from oprd.kernels.chunked import sharpen
 from oprd.kernels.reference import hidden_mse, normalized_hidden_mse
 from oprd.objectives.base import Objective, token_selection
 from oprd.objectives.hidden import select_blocks
 from oprd.types import HiddenTargets, Reading, Rollouts, States
+
+SURE = 0.99
+"""A target is not made surer than this [ours]."""
 
 
 @final
@@ -60,6 +64,7 @@ class Bridge(Objective, nn.Module):
         if not self.in_projections:
             self.readings = tuple(replace(reading, at="written") for reading in self.readings)
         self.ranks = _ranks(config, self.file, [block for block, _ in self.pairs])
+        self.sharpen = config.sharpen and not self.in_projections
         self._distance = normalized_hidden_mse if config.normalization == "l2" else hidden_mse
         for (block, _), rank in zip(self.pairs, self.ranks, strict=True):
             solution = self.file.solutions[block]
@@ -93,18 +98,31 @@ class Bridge(Objective, nn.Module):
         return tuple(map(self.tokens.count, rollouts.lengths))
 
     def per_token(self, student: States, teacher: HiddenTargets) -> Float[Tensor, " N"]:
+        batch = student.batch
+        paired = batch.completion_mask(self.tokens)[batch.written_mask(self.tokens)]
         distances = []
         for (block, _), ours, theirs in zip(self.pairs, self.readings, self._of_teacher, strict=True):
             h_s = student.hidden[ours]
-            h_t = teacher.hidden[theirs].to(h_s.device)
             if self.in_projections:
+                h_t = teacher.hidden[theirs].to(h_s.device)
                 u, v = self.project("student", block, h_s), self.project("teacher", block, h_t)
             else:
-                batch = student.batch
-                paired = batch.completion_mask(self.tokens)[batch.written_mask(self.tokens)]
-                u, v = h_s, self.edit(block, teacher.hidden[ours].to(h_s.device), h_t, paired)
+                u, v = h_s, self.target(block, ours, theirs, teacher, paired)
             distances.append(self._distance(u, v))
         return torch.stack(distances).mean(0)
+
+    def target(
+        self, block: int, ours: Reading, theirs: Reading, teacher: HiddenTargets, paired: Bool[Tensor, " N"]
+    ) -> Float[Tensor, "N S"]:
+        """h*, in the last block made as sure of the next token as the teacher is."""
+        h_0, h_t = (teacher.hidden[reading].to(paired.device) for reading in (ours, theirs))
+        edited = self.edit(block, h_0, h_t, paired)
+        if theirs in teacher.sure:
+            assert teacher.start_head is not None
+            least = teacher.sure[theirs].to(edited).clamp(max=SURE)
+            patterns = self.get_buffer(f"pattern_{block}")
+            edited[paired] = sharpen(edited[paired], teacher.start_head, least, patterns)
+        return edited
 
     def edit(
         self, block: int, h_0: Float[Tensor, "N S"], h_t: Float[Tensor, "P T"], paired: Bool[Tensor, " N"]

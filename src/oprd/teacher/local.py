@@ -12,7 +12,7 @@ from oprd.data.align import Aligner
 from oprd.data.chat import render, with_prompt
 from oprd.data.collate import collate, rows_by_tokens
 from oprd.errors import DataError
-from oprd.kernels.chunked import sampled_logprobs
+from oprd.kernels.chunked import confidence, sampled_logprobs
 from oprd.models import LanguageModel, read_states
 from oprd.progress import console
 from oprd.teacher.base import Teacher
@@ -45,8 +45,9 @@ class LocalTeacher(Teacher):
     With `system_prompt` or `prompt_template` the teacher reads another prompt than the student, rendered with its own
     chat template. With another tokenizer it reads its own tokens of the completion, paired by `aligner`, or under
     `alignment: shared_ids` the student's ids as they are. `read` and `without_adapter` are given when the teacher is the
-    student itself. `start` is the student as it was before training: it answers the readings at `written`, and a pair whose
-    next token it gave less than the probability `trust` is dropped.
+    student itself. `start` is the student as it was before training: it answers the readings at `written`, with its head and
+    how sure the teacher is beside them if they are to `sharpen` targets; and a pair whose next token it gave less than the
+    probability `trust` is dropped.
     """
 
     provides = frozenset({HiddenTargets})
@@ -64,6 +65,7 @@ class LocalTeacher(Teacher):
         aligner: Aligner | None = None,
         start: "LocalTeacher | None" = None,
         trust: float = 0.0,
+        sharpen: bool = False,
     ) -> None:
         self.lm = lm
         self._context = context
@@ -75,6 +77,7 @@ class LocalTeacher(Teacher):
         self._aligner = aligner
         self._start = start
         self._trust = trust
+        self._sharpen = sharpen
         self._paired, self._of, self._trusted = 0, 0, 0
         self._warned = False
 
@@ -129,15 +132,22 @@ class LocalTeacher(Teacher):
         batch = self._collate(rollouts)
         own = tuple(reading for reading in readings if reading.at != "written" or self._start is None)
         before = tuple(reading for reading in readings if reading not in own)
+        sharpen = self._sharpen and len(before) > 0
         training = self.lm.model.training
         self.lm.model.eval()
         with self._without_adapter():
-            states = self._read(batch, own, head=head)
+            states = self._read(batch, own, head=head or sharpen)
         self.lm.model.train(training)
-        hidden = dict(states.hidden)
-        if self._start is not None and before:
-            hidden |= self._start.targets(replace(rollouts, answers=None), before, head=False).hidden
-        return HiddenTargets(hidden=hidden, head=states.head, batch=batch)
+        targets = HiddenTargets(hidden=states.hidden, head=states.head, batch=batch)
+        if self._start is None or not before:
+            return targets
+        start = self._start.targets(replace(rollouts, answers=None), before, head=sharpen)
+        targets = replace(targets, hidden={**states.hidden, **start.hidden}, start_head=start.head)
+        if not sharpen:
+            return targets
+        assert states.head is not None
+        last = [reading for reading in own if reading.block in {"last", self.lm.num_blocks}]
+        return replace(targets, sure={reading: confidence(states.hidden[reading], states.head) for reading in last})
 
     @torch.no_grad()
     def sampled(self, rollouts: Rollouts) -> list[list[float]]:
