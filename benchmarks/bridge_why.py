@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridge import ARMS, AS_PUBLISHED, FIT_PROMPTS, OUT, PUBLISHED, recipe_tree
+from bridge import ARMS, AS_PUBLISHED, FIT_PROMPTS, NOT_SHARPENED, OUT, PUBLISHED, recipe_tree
 from oprd.config import parse_recipe
 from oprd.data.collate import split_by_tokens
 from oprd.demo.run import HELD_OUT_PROBLEMS, MODELS, TRAINING_PROBLEMS
@@ -101,7 +101,7 @@ def main() -> None:
     write_jsonl(OUT / "train.jsonl", sums(TRAINING_PROBLEMS, seed=1, held_out=False))
     write_jsonl(OUT / "held_out.jsonl", sums(HELD_OUT_PROBLEMS, seed=2, held_out=True))
     reference = gradient(ready({"type": "opd"}))
-    everywhere = {"rank": "full", "layers": "all", "fit": AS_PUBLISHED}
+    everywhere = {"rank": "full", "layers": "all", "fit": AS_PUBLISHED} | NOT_SHARPENED
     runs = {
         "oprd to the twin, all blocks": ready({"type": "oprd", "tokens": "all"}),
         "oprd to the twin, last block": ready({"type": "oprd", "tokens": "all", "layers": "last"}),
@@ -109,7 +109,9 @@ def main() -> None:
         "projections, last block": ready(None, **(PUBLISHED | {"layers": "last"})),
         "student's space, all blocks, linear, all rows": ready(None, **everywhere),
         "student's space, last block, linear, all rows": ready(None, **(everywhere | {"layers": "last"})),
+        "student's space, last block, not sharpened": ready(None, **ARMS["full_not_sharpened"]["bridge"]),
         "student's space, last block": ready(None, **ARMS["full"]["bridge"]),
+        "student's space, last block, rank auto": ready(None, **ARMS["auto"]["bridge"]),
     }
     cosine = {name: round(float(gradient(run) @ reference), 4) for name, run in runs.items()}
     fits = {
@@ -119,9 +121,13 @@ def main() -> None:
         "512 features, sure rows": {"limit": FIT_PROMPTS},
     }
     target = {
-        f"{name}, rank {rank}": wrong_next_tokens(ready(None, rank=rank, fit=fit))
+        f"{name}, rank {rank}": wrong_next_tokens(ready(None, rank=rank, fit=fit, sharpen=False))
         for name, fit in fits.items()
         for rank in ("full", 8, 32)
+    }
+    target |= {
+        f"512 features, sure rows, sharpened, rank {rank}": wrong_next_tokens(ready(None, rank=rank))
+        for rank in ("full", "auto", 2, 8, 32)
     }
     result = {"gradient_cosine": cosine, "target": target, **describe_machine()}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")

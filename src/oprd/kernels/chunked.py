@@ -1,6 +1,7 @@
 """Losses over the vocabulary without ever holding a [N, V] tensor: both LM heads are applied chunk by chunk."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,8 +30,7 @@ def chunk_rows(vocabulary: int) -> int:
 def logits(hidden: Float[Tensor, "C D"], head: LMHead) -> Float[Tensor, "C V"]:
     """Logits in float32 (float64 for float64 input), however the model computes: rounding them to bfloat16 first
     changes gradients by several per cent (LESSONS: Liger 1432)."""
-    out = _scores(hidden, head)
-    return _finish(out if head.bias is None else out + head.bias.to(out), head)
+    return _finish(_scores(hidden, head), head)
 
 
 def head_divergence(
@@ -87,16 +87,14 @@ def sharpen(
     """
     moved = hidden.float().clone()
     for rows in torch.arange(len(hidden), device=hidden.device).split(chunk_rows(len(head.weight))):
-        top = logits(moved[rows], head).softmax(-1).amax(-1)
-        rows = rows[top < least[rows]]
-        h = moved[rows]
-        scores = _scores(h, head) if head.bias is None else _scores(h, head) + head.bias.to(h)
+        scores = _scores(moved[rows], head)
         p = _finish(scores, head).softmax(-1)
-        likeliest = p.argmax(-1, keepdim=True)
-        weight = head.weight.to(h)
+        unsure = p.amax(-1) < least[rows]
+        rows, scores, p = rows[unsure], scores[unsure], p[unsure]
+        h, weight, likeliest = moved[rows], head.weight.to(moved), p.argmax(-1, keepdim=True)
         direction = (weight[likeliest[:, 0]] - p @ weight) @ patterns.T @ patterns
         direction *= h.norm(dim=-1, keepdim=True) / direction.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-        slope = _scores(direction, head)
+        slope = _scores(direction, replace(head, bias=None))
         near, far = h.new_zeros(len(h), 1), h.new_full((len(h), 1), REACH)
         for _ in range(HALVINGS):
             middle = (near + far) / 2
@@ -189,10 +187,11 @@ def _sweep(
 
 
 def _scores(hidden: Float[Tensor, "C D"], head: LMHead) -> Float[Tensor, "C V"]:
-    """What the head makes of the states before bias, scale and softcap: linear in them."""
+    """What the head makes of the states before scale and softcap."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
-        return hidden.to(dtype) @ head.weight.to(hidden.device, dtype).T
+        out = hidden.to(dtype) @ head.weight.to(hidden.device, dtype).T
+        return out if head.bias is None else out + head.bias.to(out)
 
 
 def _finish(scores: Float[Tensor, "C V"], head: LMHead) -> Float[Tensor, "C V"]:

@@ -117,7 +117,7 @@ class Bridge(Objective, nn.Module):
         """h*, in the last block made as sure of the next token as the teacher is."""
         h_0, h_t = (teacher.hidden[reading].to(paired.device) for reading in (ours, theirs))
         edited = self.edit(block, h_0, h_t, paired)
-        if theirs in teacher.sure:
+        if self.sharpen and theirs in teacher.sure:
             assert teacher.start_head is not None
             least = teacher.sure[theirs].to(edited).clamp(max=SURE)
             patterns = self.get_buffer(f"pattern_{block}")
