@@ -40,7 +40,8 @@ PUBLISHED = {"space": "projections", "layers": "all", "rank": "auto", "fit": AS_
 
 Arm = dict[str, Any]
 """What an arm changes: `bridge` (keys of the objective), `alignment`, `learning_rate`; `opd`: it ends in OPD, or is OPD;
-`twin`: vanilla OPRD to a teacher of the student's shape and tokenizer, the control for what is lost across the bridge."""
+`updates`: so many with each rollout, which sampled OPD across tokenizers cannot have; `twin`: vanilla OPRD to a teacher of
+the student's shape and tokenizer, the control for what is lost across the bridge."""
 
 NOT_SHARPENED = {"sharpen": False}
 ARMS: dict[str, Arm] = {
@@ -74,6 +75,8 @@ ARMS: dict[str, Arm] = {
     "auto_4e-3": {"bridge": {"rank": "auto"}, "learning_rate": 4e-3},
     "twin_all_blocks": {"twin": {}},
     "twin_last_block": {"twin": {"layers": "last"}},
+    "auto_3_updates": {"bridge": {"rank": "auto"}, "updates": 3},
+    "full_3_updates": {"bridge": {"rank": "full"}, "updates": 3},
     "opd_2e-4": {"opd": True, "learning_rate": 2e-4},
     "opd_8e-4": {"opd": True, "learning_rate": 8e-4},
 }
@@ -108,7 +111,11 @@ def recipe_tree(name: str, arm: Arm, seed: int) -> dict[str, Any]:
             "alignment": alignment,
         },
         "data": {"prompts": str(OUT / "train.jsonl")},
-        "rollout": {"group_size": 2, "max_completion_length": 80},
+        "rollout": {
+            "group_size": 2,
+            "max_completion_length": 80,
+            "updates_per_rollout": arm.get("updates", 1),
+        },
         "evaluation": evaluation_options(OUT / "held_out.jsonl"),
         "output_dir": str(OUT / f"{name}-{seed}"),
         "prompts_per_step": 32,
