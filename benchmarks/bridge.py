@@ -57,11 +57,6 @@ ARMS: dict[str, Arm] = {
     "no_features": {"bridge": {"rank": "full", "fit": {"limit": FIT_PROMPTS, "features": 0}}},
     "all_rows": {"bridge": {"rank": "full", "fit": {"limit": FIT_PROMPTS, "confidence": 0.0}}},
     "all_blocks": {"bridge": {"rank": "full", "layers": "all"}},
-    **{f"{rank}_not_sharpened": {"bridge": {"rank": rank} | NOT_SHARPENED} for rank in ("full", "auto")},
-    **{f"rank_{r}_not_sharpened": {"bridge": {"rank": r} | NOT_SHARPENED} for r in (2, 4, 8, 16, 32)},
-    "shared_ids_not_sharpened": {"bridge": {"rank": "full"} | NOT_SHARPENED, "alignment": "shared_ids"},
-    "all_blocks_not_sharpened": {"bridge": {"rank": "full", "layers": "all"} | NOT_SHARPENED},
-    "full_then_opd_not_sharpened": {"bridge": {"rank": "full"} | NOT_SHARPENED, "opd": True, "learning_rate": 4e-4},
     "gradient": {
         "bridge": PUBLISHED | {"fit": AS_PUBLISHED | {"method": "gradient"}},
         "learning_rate": 1e-3,
@@ -72,13 +67,16 @@ ARMS: dict[str, Arm] = {
     "published_refit_50": {"bridge": PUBLISHED | {"refit_every": 50}, "learning_rate": 1e-3},
     "full_1e-3": {"bridge": {"rank": "full"}, "learning_rate": 1e-3},
     "full_4e-3": {"bridge": {"rank": "full"}, "learning_rate": 4e-3},
-    "auto_4e-3": {"bridge": {"rank": "auto"}, "learning_rate": 4e-3},
     "twin_all_blocks": {"twin": {}},
     "twin_last_block": {"twin": {"layers": "last"}},
     "auto_3_updates": {"bridge": {"rank": "auto"}, "updates": 3},
     "full_3_updates": {"bridge": {"rank": "full"}, "updates": 3},
     "opd_2e-4": {"opd": True, "learning_rate": 2e-4},
     "opd_8e-4": {"opd": True, "learning_rate": 8e-4},
+}
+ARMS |= {
+    f"{name}_not_sharpened": ARMS[name] | {"bridge": ARMS[name]["bridge"] | NOT_SHARPENED}
+    for name in ("full", "auto", *(f"rank_{r}" for r in (2, 4, 8, 16, 32)), "full_then_opd", "shared_ids", "all_blocks")
 }
 
 

@@ -72,8 +72,7 @@ def wrong_next_tokens(run: Run) -> dict[str, float]:
         batch = student_batch(run, micro)
         states = read_states(run.lm, batch, objective.readings, head=True)
         theirs, ours = objective.teacher_readings
-        paired = batch.completion_mask(objective.tokens)[batch.written_mask(objective.tokens)]
-        edited = objective.target(objective.pairs[0][0], ours, theirs, targets, paired)
+        edited = objective.target(objective.pairs[0][0], ours, theirs, targets, objective.paired(batch))
         wanted = torch.tensor([t for i in range(len(micro)) for t in next_tokens(run, micro, i, right)])
         known = wanted >= 0
         assert states.head is not None

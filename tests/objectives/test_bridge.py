@@ -234,7 +234,7 @@ def test_the_target_in_the_students_space_is_its_own_state_moved_to_the_teachers
     targets = run.teacher.targets(rollouts, run.teacher_readings, head=False)
     batch = collate_student(rollouts, pad_id=0, device=run.lm.device)
     theirs, before = (targets.hidden[reading] for reading in found.teacher_readings)
-    paired = batch.completion_mask(found.tokens)[batch.written_mask(found.tokens)]
+    paired = found.paired(batch)
     assert paired.tolist() == [True, True, True, False, True, True, True, True, True]
     edited = found.edit(4, before, theirs, paired)
     assert_close(edited[3], before[3])
@@ -265,7 +265,7 @@ def test_the_target_is_made_as_sure_as_the_teacher_is(bridge, prompts, tmp_path)
         run.lm.core.lm_head.weight.mul_(2.0)  # the head at start is what counts, not the one that has moved
     targets = run.teacher.targets(rollouts, run.teacher_readings, head=False)
     batch = collate_student(rollouts, pad_id=0, device=run.lm.device)
-    paired = batch.completion_mask(found.tokens)[batch.written_mask(found.tokens)]
+    paired = found.paired(batch)
     theirs, ours = found._of_teacher[3], found.readings[3]
     assert list(targets.sure) == [theirs]  # the last block's
     assert_close(targets.start_head.weight, weight)

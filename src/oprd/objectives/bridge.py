@@ -29,7 +29,7 @@ from oprd.kernels.chunked import sharpen
 from oprd.kernels.reference import hidden_mse, normalized_hidden_mse
 from oprd.objectives.base import Objective, token_selection
 from oprd.objectives.hidden import select_blocks
-from oprd.types import HiddenTargets, Reading, Rollouts, States
+from oprd.types import HiddenTargets, MicroBatch, Reading, Rollouts, States
 
 SURE = 0.99
 """A target is not made surer than this [ours]."""
@@ -98,8 +98,6 @@ class Bridge(Objective, nn.Module):
         return tuple(map(self.tokens.count, rollouts.lengths))
 
     def per_token(self, student: States, teacher: HiddenTargets) -> Float[Tensor, " N"]:
-        batch = student.batch
-        paired = batch.completion_mask(self.tokens)[batch.written_mask(self.tokens)]
         distances = []
         for (block, _), ours, theirs in zip(self.pairs, self.readings, self._of_teacher, strict=True):
             h_s = student.hidden[ours]
@@ -107,9 +105,13 @@ class Bridge(Objective, nn.Module):
                 h_t = teacher.hidden[theirs].to(h_s.device)
                 u, v = self.project("student", block, h_s), self.project("teacher", block, h_t)
             else:
-                u, v = h_s, self.target(block, ours, theirs, teacher, paired)
+                u, v = h_s, self.target(block, ours, theirs, teacher, self.paired(student.batch))
             distances.append(self._distance(u, v))
         return torch.stack(distances).mean(0)
+
+    def paired(self, batch: MicroBatch) -> Bool[Tensor, " N"]:
+        """Which of the selected tokens have a partner."""
+        return batch.completion_mask(self.tokens)[batch.written_mask(self.tokens)]
 
     def target(
         self, block: int, ours: Reading, theirs: Reading, teacher: HiddenTargets, paired: Bool[Tensor, " N"]
