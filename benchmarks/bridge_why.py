@@ -53,7 +53,7 @@ def completions(run: Run) -> Rollouts:
 def gradient(run: Run) -> Tensor:
     rollouts, (objective,) = completions(run), run.objectives
     for micro in split_by_tokens(rollouts, run.recipe.micro_batch_tokens):
-        targets = run.teacher.targets(micro, run.teacher_readings, head=run.uses_head)
+        targets = run.teacher.targets(micro, run.teacher_readings, head=run.teacher_head)
         (values,) = run.model(student_batch(run, micro), targets)
         (values.sum() / objective.divisor(rollouts)).backward()
     found = torch.cat([weight.grad.flatten() for weight in run.lm.core.model.layers.parameters()])
@@ -67,12 +67,11 @@ def wrong_next_tokens(run: Run) -> dict[str, float]:
     right = {p.problem: completion(p) for p in sums(HELD_OUT_PROBLEMS, seed=2, held_out=True)}
     counts = torch.zeros(5, dtype=torch.float64)
     for micro in split_by_tokens(completions(run), run.recipe.micro_batch_tokens):
-        targets = run.teacher.targets(micro, run.teacher_readings, head=False)
+        targets = run.teacher.targets(micro, run.teacher_readings, head=run.teacher_head)
         assert isinstance(targets, HiddenTargets)
         batch = student_batch(run, micro)
         states = read_states(run.lm, batch, objective.readings, head=True)
-        theirs, ours = objective.teacher_readings
-        edited = objective.target(objective.pairs[0][0], ours, theirs, targets, objective.paired(batch))
+        (ours,), (edited,) = objective.readings, objective.wanted(batch, targets)
         wanted = torch.tensor([t for i in range(len(micro)) for t in next_tokens(run, micro, i, right)])
         known = wanted >= 0
         assert states.head is not None

@@ -60,7 +60,7 @@ def fixed(smollm2) -> tuple[tuple[int, ...], ...]:
 def loss(run: Run, rollouts: Rollouts) -> float:
     """The weighted loss on these rollouts. For the sampled estimator, whose value is a signed difference of
     log-probabilities, half its square: on given tokens that is what its gradient descends."""
-    targets = run.teacher.targets(rollouts, run.readings, head=run.uses_head)
+    targets = run.teacher.targets(rollouts, run.readings, head=run.teacher_head)
     prompts = [prompt.token_ids for prompt in rollouts.prompts]
     batch = collate(prompts, rollouts.completion_ids, pad_id=0, device=torch.device("cpu"))
     values = run.model.eval()(batch, targets)

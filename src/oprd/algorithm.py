@@ -37,6 +37,7 @@ class DistillModel(nn.Module):
         self.readings = tuple(dict.fromkeys(r for objective in objectives for r in objective.readings))
         self.teacher_readings = tuple(dict.fromkeys(r for objective in objectives for r in objective.teacher_readings))
         self.uses_head = any(objective.uses_head for objective in objectives)
+        self.teacher_head = any(objective.teacher_head for objective in objectives)
         # accelerate wraps these classes when it shards (FSDP2)
         self._no_split_modules = lm.core._no_split_modules
 

@@ -300,6 +300,12 @@ class MicroBatch:
         """The selected sampled tokens' ids."""
         return pack(self.input_ids, self.completion_mask(tokens))
 
+    def following(self, tokens: TokenSelection) -> tuple[Int[Tensor, " N"], Bool[Tensor, " N"]]:
+        """Of each selected token, paired or not, the id of the one written next, and whether there is one."""
+        written = self.written_mask(TokenSelection(keep="all"))
+        here = self.written_mask(tokens)
+        return pack(self.input_ids.roll(-1, 1), here), pack(written.roll(-1, 1), here)
+
     def rollout_logprobs(self, tokens: TokenSelection) -> Float[Tensor, " N"] | None:
         """The selected sampled tokens' log-probabilities when they were written, in nats; None where none were kept."""
         if self.logprobs is None:
@@ -385,11 +391,9 @@ class HiddenTargets:
 
     hidden: Mapping[Reading, Float[Tensor, "N D"]]
     head: LMHead | None
-    """The teacher's head, for objectives that compare distributions; applied chunk by chunk, never kept."""
+    """The teacher's head, for objectives that look at distributions; applied chunk by chunk, never kept."""
     batch: MicroBatch | None = None
     """The tokens as the teacher read them, which may be other ones than the student's."""
-    sure: Mapping[Reading, Float[Tensor, " N"]] = field(default_factory=dict)
-    """At readings of the last block, where they are asked for, the probability of the teacher's likeliest next token."""
     start_head: LMHead | None = None
     """The student's head before training, beside its states of then."""
 

@@ -231,10 +231,10 @@ def test_the_target_in_the_students_space_is_its_own_state_moved_to_the_teachers
     assert (found.supervised(rollouts), rollouts.supervised(found.tokens)) == ((8, 1), (7, 1))
     assert found.weights(rollouts) == (1.0, 1.0)
     assert found.divisor(rollouts) == 9
-    targets = run.teacher.targets(rollouts, run.teacher_readings, head=False)
+    targets = run.teacher.targets(rollouts, run.teacher_readings, head=run.teacher_head)
     batch = collate_student(rollouts, pad_id=0, device=run.lm.device)
     theirs, before = (targets.hidden[reading] for reading in found.teacher_readings)
-    paired = found.paired(batch)
+    paired, _ = found.moved(batch, targets)
     assert paired.tolist() == [True, True, True, False, True, True, True, True, True]
     edited = found.edit(4, before, theirs, paired)
     assert_close(edited[3], before[3])
@@ -263,20 +263,21 @@ def test_the_target_is_made_as_sure_as_the_teacher_is(bridge, prompts, tmp_path)
     weight = run.lm.core.lm_head.weight.detach().clone()
     with torch.no_grad():
         run.lm.core.lm_head.weight.mul_(2.0)  # the head at start is what counts, not the one that has moved
-    targets = run.teacher.targets(rollouts, run.teacher_readings, head=False)
+    assert run.teacher_head
+    assert not run.uses_head
+    targets = run.teacher.targets(rollouts, run.teacher_readings, head=run.teacher_head)
     batch = collate_student(rollouts, pad_id=0, device=run.lm.device)
-    paired = found.paired(batch)
+    paired, _ = found.moved(batch, targets)
     theirs, ours = found._of_teacher[3], found.readings[3]
-    assert list(targets.sure) == [theirs]  # the last block's
     assert_close(targets.start_head.weight, weight)
     lm = load_miniature("wide_teacher")
-    assert_close(targets.sure[theirs], (targets.hidden[theirs] @ lm.core.lm_head.weight.T).softmax(-1).amax(-1))
+    sure = (targets.hidden[theirs] @ lm.core.lm_head.weight.detach().T).softmax(-1).amax(-1)
     plain = found.edit(4, targets.hidden[ours], targets.hidden[theirs], paired)
-    sharp = found.target(4, ours, theirs, targets, paired)
+    *_, below, sharp = found.wanted(batch, targets)
     assert_close(sharp[~paired], plain[~paired])
     before, after = ((h[paired] @ weight.T).softmax(-1).max(-1) for h in (plain, sharp))
     assert torch.equal(before.indices, after.indices)
-    least = targets.sure[theirs].clamp(max=SURE)
+    least = sure.clamp(max=SURE)
     unsure = before.values < least
     assert 0 < int(unsure.sum()) < len(unsure)
     assert float((after.values - before.values)[unsure].min()) > 0.01
@@ -285,22 +286,40 @@ def test_the_target_is_made_as_sure_as_the_teacher_is(bridge, prompts, tmp_path)
     assert int((unsure & ~far).sum()) > 0
     assert torch.equal(sharp[paired][~unsure], plain[paired][~unsure])
     # lower blocks have no head to be sure by
-    below = found.target(3, found.readings[2], found._of_teacher[2], targets, paired)
     assert_close(below, found.edit(3, *(targets.hidden[r] for r in (found.readings[2], found._of_teacher[2])), paired))
 
 
 def test_a_pair_that_only_an_unlikely_token_made_is_dropped(bridge, prompts, tmp_path):
     """12+3=: after 12+ the problem goes on with 34. The teacher's piece 3 ends because the student wrote = too early."""
-    run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge)))
+    run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, {"layers": [2]})))
     problem = Prompt(row=0, messages=(Message(role="user", content="12+34-5"),), token_ids=())
     good, early = (run.lm.tokenizer(text)["input_ids"] for text in ("12+34=46", "12+3=15"))
     rollouts = Rollouts(prompts=(problem,) * 2, completion_ids=(tuple(good), tuple(early)), finished=(False, False))
-    found = run.teacher.prepare(as_rendered(run.lm, rollouts)).answers
-    assert (found[0].student, found[0].teacher) == ((0, 1, 2, 4, 5, 6, 7), (0, 1, 2, 3, 4, 5, 6))
-    assert 3 not in found[1].student
-    assert {0, 1, 2, 4} <= set(found[1].student)
-    everything = bridge_recipe(tmp_path, prompts, bridge, {"trust": 0.0})
-    assert 3 in build(parse_recipe(everything)).teacher.prepare(as_rendered(run.lm, rollouts)).answers[1].student
+    rollouts = run.teacher.prepare(as_rendered(run.lm, rollouts))
+    assert rollouts.answers[0].student == (0, 1, 2, 4, 5, 6, 7)  # 34 is one piece of the teacher
+    assert rollouts.answers[1].student == tuple(range(7))
+    batch = collate_student(rollouts, pad_id=0, device=run.lm.device)
+    targets = run.teacher.targets(rollouts, run.teacher_readings, head=run.teacher_head)
+    found = run.objectives[0]
+    moved, trusted = found.moved(batch, targets)
+    assert moved[:8].tolist() == [True, True, True, False, True, True, True, True]
+    early = moved[8:]
+    assert not early[3]
+    assert early[[0, 1, 2, 4]].all()
+    assert (len(trusted), int(trusted.sum())) == (14, int(moved.sum()))
+    (share,) = found.tallies()
+    assert (share.name, share.total, share.of) == ("train/oprd_bridge/trusted/share", float(moved.sum()), 14.0)
+    (wanted,) = found.wanted(batch, targets)
+    before = targets.hidden[found.readings[0]]
+    assert_close(wanted[~moved], before[~moved])
+    assert float((wanted - before)[moved].norm(dim=-1).min()) > 0
+    # the last token of a completion has none behind it, and one that is all there is of it is trusted
+    following, exists = batch.following(found.tokens)
+    assert exists.tolist() == [True] * 7 + [False] + [True] * 6 + [False]
+    assert following[:7].tolist() == good[1:]
+    everything = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, {"layers": [2], "trust": 0.0})))
+    targets = everything.teacher.targets(rollouts, everything.teacher_readings, head=everything.teacher_head)
+    assert int(everything.objectives[0].moved(batch, targets)[0].sum()) == 14
 
 
 def as_rendered(lm, rollouts):
@@ -316,7 +335,7 @@ def test_a_truncated_completion_counts_as_the_first_part_of_the_whole(space, bri
     cut = replace(whole, completion_ids=(whole.completion_ids[0][:8],))
     values = []
     for rollouts in map(run.teacher.prepare, (whole, cut)):
-        targets = run.teacher.targets(rollouts, run.teacher_readings, head=False)
+        targets = run.teacher.targets(rollouts, run.teacher_readings, head=run.teacher_head)
         batch = collate_student(rollouts, pad_id=0, device=run.lm.device)
         values.append(run.model(batch, targets)[0].detach())
     assert [len(v) for v in values] == ([16, 8] if space == "student" else [15, 7])  # 34 is one piece of the teacher
@@ -326,11 +345,11 @@ def test_a_truncated_completion_counts_as_the_first_part_of_the_whole(space, bri
 def test_the_student_at_start_stays_when_the_student_moves(bridge, prompts, tmp_path):
     run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, {"trust": 0.0})))
     rollouts = run.teacher.prepare(rollouts_of(run.lm, ["12+34=46"]))
-    before = run.teacher.targets(rollouts, run.teacher_readings, head=False).hidden
+    before = run.teacher.targets(rollouts, run.teacher_readings, head=run.teacher_head).hidden
     with torch.no_grad():
         for weight in run.lm.model.model.layers.parameters():
             weight.add_(0.1)
-    after = run.teacher.targets(rollouts, run.teacher_readings, head=False).hidden
+    after = run.teacher.targets(rollouts, run.teacher_readings, head=run.teacher_head).hidden
     for reading in run.teacher_readings:
         assert_close(after[reading], before[reading])
 
@@ -479,7 +498,7 @@ def test_shared_ids_feed_the_teacher_the_students_tokens(prompts, tmp_path):
     run = build(parse_recipe(tree))
     rollouts = run.teacher.prepare(rollouts_of(run.lm, ["12+34"]))
     assert rollouts.answers is None
-    targets = run.teacher.targets(rollouts, run.teacher_readings, head=False)
+    targets = run.teacher.targets(rollouts, run.teacher_readings, head=run.teacher_head)
     assert targets.batch.input_ids.tolist() == [[1, 2, *rollouts.completion_ids[0]]]
 
 

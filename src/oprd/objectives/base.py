@@ -27,7 +27,7 @@ class Objective(ABC):
     across_tokenizers: bool = False
     """Whether the teacher may read other tokens than the student."""
     uses_head: bool
-    """Whether the LM heads take part."""
+    """Whether the student's LM head takes part."""
     tokens: TokenSelection
     """Supervised tokens of each completion."""
     reduction: Literal["token_mean", "sequence_mean"]
@@ -39,6 +39,11 @@ class Objective(ABC):
     def teacher_readings(self) -> tuple[Reading, ...]:
         """Hidden states it needs of a teacher that gives HiddenTargets."""
         return self.readings
+
+    @property
+    def teacher_head(self) -> bool:
+        """Whether the teacher's LM head takes part."""
+        return self.uses_head
 
     @abstractmethod
     def per_token(self, student: States, teacher: TeacherTargets) -> Float[Tensor, " N"]:

@@ -10,6 +10,7 @@ teacher's state with its features, A how the student's states move with its coor
 held-out correlations. In the last block h* is moved on along A until the student's head is as sure as the teacher's.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -25,11 +26,11 @@ from oprd.bridge.file import BridgeFile, Setting, check_setting, load_bridge
 from oprd.bridge.solve import Solution, auto_rank
 from oprd.config import BridgeConfig
 from oprd.errors import ConfigError
-from oprd.kernels.chunked import sharpen
+from oprd.kernels.chunked import confidence, sampled_logprobs, sharpen
 from oprd.kernels.reference import hidden_mse, normalized_hidden_mse
 from oprd.objectives.base import Objective, token_selection
 from oprd.objectives.hidden import select_blocks
-from oprd.types import HiddenTargets, MicroBatch, Reading, Rollouts, States
+from oprd.types import HiddenTargets, MicroBatch, Reading, Rollouts, States, Tally
 
 SURE = 0.99
 """A target is not made surer than this [ours]."""
@@ -64,7 +65,8 @@ class Bridge(Objective, nn.Module):
         if not self.in_projections:
             self.readings = tuple(replace(reading, at="written") for reading in self.readings)
         self.ranks = _ranks(config, self.file, [block for block, _ in self.pairs])
-        self.sharpen = config.sharpen and not self.in_projections
+        self._last = Reading(block=blocks, at="written", tokens=self.tokens)
+        self._trusted: list[Tensor] = []
         self._distance = normalized_hidden_mse if config.normalization == "l2" else hidden_mse
         for (block, _), rank in zip(self.pairs, self.ranks, strict=True):
             solution = self.file.solutions[block]
@@ -88,8 +90,15 @@ class Bridge(Objective, nn.Module):
 
     @property
     def teacher_readings(self) -> tuple[Reading, ...]:
-        """The partners' states; in the student's space also its own before training."""
-        return self._of_teacher if self.in_projections else (*self._of_teacher, *self.readings)
+        """The partners' states; in the student's space also its own before training, the last for what it says next."""
+        if self.in_projections:
+            return self._of_teacher
+        before = (*self.readings, self._last) if self.config.trust > 0 else self.readings
+        return (*self._of_teacher, *dict.fromkeys(before))
+
+    @property
+    def teacher_head(self) -> bool:
+        return not self.in_projections and (self.config.sharpen or self.config.trust > 0)
 
     def supervised(self, rollouts: Rollouts) -> tuple[int, ...]:
         """In the student's space every selected token: one without a partner keeps the state it had."""
@@ -98,45 +107,65 @@ class Bridge(Objective, nn.Module):
         return tuple(map(self.tokens.count, rollouts.lengths))
 
     def per_token(self, student: States, teacher: HiddenTargets) -> Float[Tensor, " N"]:
-        distances = []
+        ours = [student.hidden[reading] for reading in self.readings]
+        if self.in_projections:
+            blocks = [block for block, _ in self.pairs]
+            u = [self.project("student", block, h) for block, h in zip(blocks, ours, strict=True)]
+            theirs = [teacher.hidden[reading].to(ours[0].device) for reading in self._of_teacher]
+            v = [self.project("teacher", block, h) for block, h in zip(blocks, theirs, strict=True)]
+        else:
+            u, v = ours, self.wanted(student.batch, teacher)
+        return torch.stack(list(map(self._distance, u, v))).mean(0)
+
+    def wanted(self, batch: MicroBatch, teacher: HiddenTargets) -> list[Float[Tensor, "N S"]]:
+        """h* of every matched block of the student, in the last one made as sure of the next token as the teacher is."""
+        moved, trusted = self.moved(batch, teacher)
+        found = []
         for (block, _), ours, theirs in zip(self.pairs, self.readings, self._of_teacher, strict=True):
-            h_s = student.hidden[ours]
-            if self.in_projections:
-                h_t = teacher.hidden[theirs].to(h_s.device)
-                u, v = self.project("student", block, h_s), self.project("teacher", block, h_t)
-            else:
-                u, v = h_s, self.target(block, ours, theirs, teacher, self.paired(student.batch))
-            distances.append(self._distance(u, v))
-        return torch.stack(distances).mean(0)
+            h_0, h_t = (teacher.hidden[reading].to(moved.device) for reading in (ours, theirs))
+            h_t = h_t[trusted]
+            target = self.edit(block, h_0, h_t, moved)
+            if self.config.sharpen and block == self._last.block:
+                assert teacher.head is not None
+                assert teacher.start_head is not None
+                least = confidence(h_t, teacher.head).clamp(max=SURE)
+                target[moved] = sharpen(target[moved], teacher.start_head, least, self.get_buffer(f"pattern_{block}"))
+            found.append(target)
+        return found
 
-    def paired(self, batch: MicroBatch) -> Bool[Tensor, " N"]:
-        """Which of the selected tokens have a partner."""
-        return batch.completion_mask(self.tokens)[batch.written_mask(self.tokens)]
+    def moved(self, batch: MicroBatch, teacher: HiddenTargets) -> tuple[Bool[Tensor, " N"], Bool[Tensor, " P"]]:
+        """Of the selected tokens those whose target is moved, and which of the P paired ones they are: with other
+        tokenizers those behind which the student before training gave the next token at least `trust`."""
+        moved = batch.completion_mask(self.tokens)[batch.written_mask(self.tokens)]
+        trusted = torch.ones_like(moved[moved])
+        if batch.places is None or self.config.trust == 0:
+            return moved, trusted
+        assert teacher.start_head is not None
+        following, exists = (x[moved] for x in batch.following(self.tokens))
+        states = teacher.hidden[self._last].to(moved.device)[moved]
+        logprobs = sampled_logprobs(states, teacher.start_head, following)
+        trusted = ~exists | (logprobs >= math.log(self.config.trust))
+        self._trusted.append(trusted)
+        return moved.masked_scatter(moved, trusted), trusted
 
-    def target(
-        self, block: int, ours: Reading, theirs: Reading, teacher: HiddenTargets, paired: Bool[Tensor, " N"]
-    ) -> Float[Tensor, "N S"]:
-        """h*, in the last block made as sure of the next token as the teacher is."""
-        h_0, h_t = (teacher.hidden[reading].to(paired.device) for reading in (ours, theirs))
-        edited = self.edit(block, h_0, h_t, paired)
-        if self.sharpen and theirs in teacher.sure:
-            assert teacher.start_head is not None
-            least = teacher.sure[theirs].to(edited).clamp(max=SURE)
-            patterns = self.get_buffer(f"pattern_{block}")
-            edited[paired] = sharpen(edited[paired], teacher.start_head, least, patterns)
-        return edited
+    def tallies(self) -> tuple[Tally, ...]:
+        """Across tokenizers: the share of pairs that are trusted."""
+        if not self._trusted:
+            return ()
+        trusted, self._trusted = torch.cat(self._trusted), []
+        return (Tally(name=f"train/{self.name}/trusted/share", total=float(trusted.sum()), of=float(len(trusted))),)
 
     def edit(
-        self, block: int, h_0: Float[Tensor, "N S"], h_t: Float[Tensor, "P T"], paired: Bool[Tensor, " N"]
+        self, block: int, h_0: Float[Tensor, "N S"], h_t: Float[Tensor, "P T"], moved: Bool[Tensor, " N"]
     ) -> Float[Tensor, "N S"]:
-        """h*: the student's states before training, those of the P paired tokens moved towards the teacher's coordinates.
+        """The student's states before training, those of the P given tokens moved towards the teacher's coordinates.
 
         Each coordinate goes as far as its held-out correlation: what hardly correlates would be replaced by noise.
         """
         with torch.autocast(h_0.device.type, enabled=False):
             edited = h_0.float().clone()
-            wanted = self.project("teacher", block, h_t) - self.project("student", block, edited[paired])
-            edited[paired] += wanted @ self.get_buffer(f"pattern_{block}")
+            wanted = self.project("teacher", block, h_t) - self.project("student", block, edited[moved])
+            edited[moved] += wanted @ self.get_buffer(f"pattern_{block}")
         return edited
 
     def project(self, side: str, block: int, states: Float[Tensor, "N D"]) -> Float[Tensor, "N R"]:

@@ -72,6 +72,9 @@ class Run:
     teacher_readings: tuple[Reading, ...]
     """The same of the teacher."""
     uses_head: bool
+    """Whether some objective needs the student's LM head."""
+    teacher_head: bool
+    """The same of the teacher."""
     teacher: Teacher
     engine: HFEngine
     prompts: tuple[Prompt, ...]
@@ -159,6 +162,7 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
         readings=inner.readings,
         teacher_readings=inner.teacher_readings,
         uses_head=inner.uses_head,
+        teacher_head=inner.teacher_head,
         teacher=teacher,
         engine=engine,
         prompts=checked.prompts,
@@ -189,6 +193,7 @@ def enter_stage(run: Run, stage: int) -> Run:
         readings=prepared.inner.readings,
         teacher_readings=prepared.inner.teacher_readings,
         uses_head=prepared.inner.uses_head,
+        teacher_head=prepared.inner.teacher_head,
         optimizer=prepared.optimizer,
         scheduler=prepared.scheduler,
         extrapolation=prepared.extrapolation,

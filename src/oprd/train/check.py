@@ -230,11 +230,6 @@ def needs_start(stages: tuple[tuple[Objective, ...], ...]) -> bool:
     return any(not bridge.in_projections for bridge in bridges_of(stages))
 
 
-def sharpens(stages: tuple[tuple[Objective, ...], ...]) -> bool:
-    """Whether a bridge's targets are brought to the teacher's own sureness, which its head tells."""
-    return any(bridge.sharpen for bridge in bridges_of(stages))
-
-
 def bridges_of(stages: tuple[tuple[Objective, ...], ...]) -> list[Bridge]:
     return [objective for stage in stages for objective in stage if isinstance(objective, Bridge)]
 

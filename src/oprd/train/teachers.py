@@ -26,7 +26,7 @@ from oprd.teacher.base import Teacher
 from oprd.teacher.local import LocalTeacher
 from oprd.teacher.several import SeveralTeachers
 from oprd.teacher.writer import LocalWriter, Writer
-from oprd.train.check import Checked, Given, aligner_between, bridges_of, needs_start, sharpens
+from oprd.train.check import Checked, Given, aligner_between, needs_start
 from oprd.train.talking import (
     Served,
     audit,
@@ -87,8 +87,6 @@ def build_teacher(
         likeness=likeness,
         aligner=aligner,
         start=_at_start(checked, lm, frozen, read) if needs_start(checked.stages) else None,
-        trust=max((bridge.config.trust for bridge in bridges_of(checked.stages)), default=0.0),
-        sharpen=sharpens(checked.stages),
     )
 
 
@@ -158,8 +156,8 @@ def _build_local(
     """A model in this process as one that shows its states, and as one that writes."""
     several = isinstance(site.recipe.teacher, SeveralTeachersConfig)
     given = Given() if several else site.given
-    uses_head = any(objective.uses_head for stage in site.checked.stages for objective in stage)
-    reads_head = uses_head or site.recipe.health_tokens > 0 or writes or sharpens(site.checked.stages)
+    asked = any(objective.teacher_head for stage in site.checked.stages for objective in stage)
+    reads_head = asked or site.recipe.health_tokens > 0 or writes
     teacher = build_teacher(
         config, given, site.checked, site.lm, site.frozen, site.accelerator, site.read, reads_head, name
     )

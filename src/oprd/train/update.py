@@ -61,7 +61,7 @@ def update_step(run: Run, rollouts: Rollouts, clock: Clock) -> Update:
         real = number < len(micros)
         micro = micros[number] if real else micros[0]
         with clock.section("teacher"):
-            targets = run.teacher.targets(micro, run.teacher_readings, head=run.uses_head)
+            targets = run.teacher.targets(micro, run.teacher_readings, head=run.teacher_head)
         last = number == passes - 1
         with clock.section("update"), contextlib.nullcontext() if last else accelerator.no_sync(run.model):
             values = run.model(student_batch(run, micro), targets)

@@ -57,7 +57,7 @@ def _minus_objective(run: Run, written: Rollouts) -> list[tuple[int, float]]:
     rows: list[tuple[int, float]] = []
     run.model.eval()
     for micro in split_by_tokens(run.teacher.prepare(written), run.recipe.micro_batch_tokens):
-        targets = run.teacher.targets(micro, run.teacher_readings, head=run.uses_head)
+        targets = run.teacher.targets(micro, run.teacher_readings, head=run.teacher_head)
         values = run.read(student_batch(run, micro), run.readings, run.uses_head, partial(_per_token, run, targets))
         totals = [0.0] * len(micro)
         for objective, value in zip(run.objectives, values, strict=True):
