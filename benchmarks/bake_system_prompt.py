@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from oprd.config import load_recipe
+from oprd.config.reading import load_recipe
 from oprd.data.collate import collate
 from oprd.data.prompts import load_prompts
 from oprd.evaluate.metrics import bootstrap_interval

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from oprd.config import parse_recipe
+from oprd.config.reading import parse_recipe
 from oprd.demo.run import HELD_OUT_PROBLEMS, MODELS, TRAINING_PROBLEMS, evaluation_options
 from oprd.demo.task import sums, write_jsonl
 from oprd.evaluate.command import evaluate_model
@@ -37,6 +37,7 @@ FIT_PROMPTS = 1024
 OPD = {"type": "opd", "estimator": "sampled"}
 AS_PUBLISHED = {"limit": FIT_PROMPTS, "features": 0, "confidence": 0.0}
 PUBLISHED = {"space": "projections", "layers": "all", "rank": "auto", "fit": AS_PUBLISHED}
+LAST_BLOCK = PUBLISHED | {"layers": "last"}
 
 Arm = dict[str, Any]
 """What an arm changes: `bridge` (keys of the objective), `alignment`, `learning_rate`; `opd`: it ends in OPD, or is OPD;
@@ -51,7 +52,6 @@ ARMS: dict[str, Arm] = {
     "full_then_opd": {"bridge": {"rank": "full"}, "opd": True, "learning_rate": 4e-4},
     "shared_ids": {"bridge": {"rank": "full"}, "alignment": "shared_ids"},
     "published": {"bridge": PUBLISHED, "learning_rate": 1e-3},
-    "published_last_block": {"bridge": PUBLISHED | {"layers": "last"}, "learning_rate": 1e-3},
     "published_shared_ids": {"bridge": PUBLISHED, "alignment": "shared_ids", "learning_rate": 1e-3},
     **{f"rank_{r}": {"bridge": {"rank": r}} for r in (2, 4, 8, 16, 32)},
     "no_features": {"bridge": {"rank": "full", "fit": {"limit": FIT_PROMPTS, "features": 0}}},
@@ -63,14 +63,18 @@ ARMS: dict[str, Arm] = {
     },
     **{f"published_rank_{r}": {"bridge": PUBLISHED | {"rank": r}, "learning_rate": 1e-3} for r in (8, 32, 128)},
     "published_3e-4": {"bridge": PUBLISHED, "learning_rate": 3e-4},
-    "published_trainable": {"bridge": PUBLISHED | {"trainable": True}, "learning_rate": 1e-3},
-    "published_refit_50": {"bridge": PUBLISHED | {"refit_every": 50}, "learning_rate": 1e-3},
+    **{
+        f"published_last_block{name}{rate}": {"bridge": LAST_BLOCK | change, "learning_rate": float(rate[1:] or 1e-3)}
+        for name, change in (("", {}), ("_trainable", {"trainable": True}), ("_refit_50", {"refit_every": 50}))
+        for rate in ("", "_1e-4")
+    },
     "full_1e-3": {"bridge": {"rank": "full"}, "learning_rate": 1e-3},
     "full_4e-3": {"bridge": {"rank": "full"}, "learning_rate": 4e-3},
     "twin_all_blocks": {"twin": {}},
     "twin_last_block": {"twin": {"layers": "last"}},
     "auto_3_updates": {"bridge": {"rank": "auto"}, "updates": 3},
     "full_3_updates": {"bridge": {"rank": "full"}, "updates": 3},
+    "auto_5_updates": {"bridge": {"rank": "auto"}, "updates": 5},
     "opd_2e-4": {"opd": True, "learning_rate": 2e-4},
     "opd_8e-4": {"opd": True, "learning_rate": 8e-4},
 }

@@ -21,7 +21,7 @@ from oprd.bridge.fit import Rows, is_held_out
 from oprd.bridge.gradient import BATCH_ROWS, EPOCHS, fit_by_gradient
 from oprd.bridge.moments import Moments
 from oprd.bridge.solve import auto_rank, cosine_sums, solve
-from oprd.config import parse_recipe
+from oprd.config.reading import parse_recipe
 from oprd.demo.run import MODELS
 from oprd.demo.task import sums, write_jsonl
 from oprd.train.check import Given

@@ -4,7 +4,8 @@
     python benchmarks/bridge_smollm2.py PROBLEMS.jsonl
 
 PROBLEMS.jsonl has a column `problem` or `prompt`; those that fit the miniature's context are used. Writes the held-out
-curves to benchmarks/results/bridge_smollm2.json and draws them in runs/bridge_smollm2/curves.html.
+curves to benchmarks/results/bridge_smollm2.json and draws them in docs/bridge_smollm2.svg; without PROBLEMS.jsonl it draws
+what was measured.
 """
 
 import json
@@ -12,17 +13,18 @@ import sys
 import time
 from pathlib import Path
 
-import plotly.graph_objects as go
 import torch
 
+from chart import COLOURS, Chart, write_charts
 from oprd.bridge.file import load_bridge
-from oprd.config import load_recipe
+from oprd.config.reading import load_recipe
 from oprd.train.fit_bridge import fit_bridge
 from oprd.train.run_folder import describe_machine
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "runs" / "bridge_smollm2"
 RESULT = ROOT / "benchmarks" / "results" / "bridge_smollm2.json"
+FIGURE = ROOT / "docs" / "bridge_smollm2.svg"
 LONGEST, COUNT = 160, 400
 
 
@@ -43,14 +45,33 @@ def main(problems: Path) -> None:
     RESULT.parent.mkdir(exist_ok=True)
     told = {"prompts": len(short), "seconds": seconds, "blocks": curves}
     RESULT.write_text(json.dumps({"result": told, **describe_machine()}) + "\n")
-    figure = go.Figure()
-    for block, curve in curves.items():
-        name = f"block {block} to {curve['teacher_block']}"
-        figure.add_scatter(x=list(range(1, len(curve["cosine"]) + 1)), y=curve["cosine"], name=name)
-    figure.update_layout(xaxis={"title": "rank"}, yaxis={"title": "held-out mean cosine"})
-    figure.write_html(OUT / "curves.html")
     print(f"{len(short)} prompts, {fitted.rows} rows, {seconds} s; automatic ranks {fitted.auto_ranks}")
 
 
+def draw() -> None:
+    """Held-out mean cosine and squared canonical correlation against rank."""
+    blocks = json.loads(RESULT.read_text(encoding="utf-8"))["result"]["blocks"]
+    named = {f"block {block} to {curve['teacher_block']}": curve for block, curve in blocks.items()}
+    colours = dict(zip(named, COLOURS, strict=False))
+    charts = [
+        Chart(
+            title=title,
+            x_label="rank",
+            lines={name: (range(1, len(curve[key]) + 1), curve[key]) for name, curve in named.items()},
+            colours=colours,
+            low=0.0,
+            high=1.0,
+            names_at=names_at,
+        )
+        for title, key, names_at in (
+            ("held-out mean cosine", "cosine", "bottom"),
+            ("held-out squared correlation", "canonical", "top"),
+        )
+    ]
+    write_charts([charts], FIGURE)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if len(sys.argv) > 1:
+        main(Path(sys.argv[1]))
+    draw()

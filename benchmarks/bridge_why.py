@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bridge import ARMS, AS_PUBLISHED, FIT_PROMPTS, NOT_SHARPENED, OUT, PUBLISHED, recipe_tree
-from oprd.config import parse_recipe
+from oprd.config.reading import parse_recipe
 from oprd.data.collate import split_by_tokens
 from oprd.demo.run import HELD_OUT_PROBLEMS, MODELS, TRAINING_PROBLEMS
 from oprd.demo.task import completion, sums, write_jsonl

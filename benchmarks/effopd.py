@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
-from oprd.config import Recipe, parse_recipe
+from chart import COLOURS, Chart, write_charts
+from oprd.config.reading import parse_recipe
+from oprd.config.recipe import Recipe
 from oprd.demo.run import MODELS, evaluation_options
 from oprd.demo.task import sums, write_jsonl
 from oprd.train import log
@@ -37,7 +39,6 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "kl": {"type": "opd"},
     "sampled": {"type": "opd", "estimator": "sampled"},
 }
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     # searches: as published, and with what is ours
@@ -190,43 +191,20 @@ def rounded(value: float | None) -> float | None:
 
 
 def draw(arms: dict[str, dict[str, Any]], settings: list[str], variants: list[str], out: Path) -> None:
-    """Accuracy against steps, seconds and generated tokens, mean over seeds, as one SVG: a row for each setting."""
-    width, height, gap = 300, 200, 56
-    parts = []
-    for row, setting in enumerate(settings):
-        found = {s: [arm for name, arm in arms.items() if name.startswith(f"{setting}-{s}-")] for s in variants}
-        found = {s: runs for s, runs in found.items() if runs}
-        for column, against in enumerate(("step", "seconds", "generated_tokens")):
-            x0, y0 = gap + column * (width + gap), 30 + row * (height + gap)
-            curves = {s: curve(runs, against) for s, runs in found.items()}
-            most = max(x[-1] for x, _ in curves.values())
-            low, high = 0.2, math.ceil(10 * max(max(y) for _, y in curves.values())) / 10
-            parts.append(f'<rect x="{x0}" y="{y0}" width="{width}" height="{height}" fill="none" stroke="#999"/>')
-            parts += [
-                f'<text x="{x0 - 6}" y="{y0 + height * (1 - (v - low) / (high - low)) + 4:.0f}" text-anchor="end">{v}</text>'
-                for v in (low, high)
-            ]
-            parts.append(f'<text x="{x0 + width}" y="{y0 + height + 15}" text-anchor="end">{most:.0f}</text>')
-            parts.append(f'<text x="{x0}" y="{y0 + height + 15}">{against.replace("_", " ")}</text>')
-            parts.append(f'<text x="{x0}" y="{y0 - 6}" font-weight="bold">{setting}</text>')
-            for i, (variant, (x, y)) in enumerate(curves.items()):
-                colour = COLOURS[variants.index(variant) % len(COLOURS)]
-                points = " ".join(
-                    f"{x0 + width * a / most:.1f},{y0 + height * (1 - (b - low) / (high - low)):.1f}"
-                    for a, b in zip(x, y, strict=True)
-                )
-                parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-                parts.append(
-                    f'<text x="{x0 + width - 8}" y="{y0 + height - 8 - 15 * i}" text-anchor="end" style="fill: {colour}">'
-                    f"{variant} ({len(found[variant])})</text>"
-                )
-    size = f"{gap + 3 * (width + gap)} {30 + len(settings) * (height + gap)}"
-    style = "<style>text { font: 12px sans-serif; fill: #555 }</style>"
-    text = "\n".join(parts)
-    out.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}">{style}<rect width="100%" height="100%" '
-        f'fill="white"/>\n{text}\n</svg>\n'
-    )
+    """Accuracy against steps, seconds and generated tokens, mean over seeds: a row for each setting."""
+    rows = []
+    for setting in settings:
+        found = {v: [arm for name, arm in arms.items() if name.startswith(f"{setting}-{v}-")] for v in variants}
+        named = {f"{variant} ({len(runs)})": runs for variant, runs in found.items() if runs}
+        colours = {name: COLOURS[variants.index(name.rsplit(" ", 1)[0]) % len(COLOURS)] for name in named}
+        row = []
+        for against in ("step", "seconds", "generated_tokens"):
+            lines = {name: curve(runs, against) for name, runs in named.items()}
+            high = math.ceil(10 * max(max(y) for _, y in lines.values())) / 10
+            label = against.replace("_", " ")
+            row.append(Chart(title=setting, x_label=label, lines=lines, colours=colours, low=0.2, high=high))
+        rows.append(row)
+    write_charts(rows, out)
 
 
 def main(names: list[str]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from memory import peak_gib
-from oprd.config import OutputKLConfig
+from oprd.config.objectives import OutputKLConfig
 from oprd.kernels.chunked import chunk_rows, head_divergence
 from oprd.kernels.reference import reverse_kl
 from oprd.objectives.kl import divergence

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memory import peak_gib
 from oprd.algorithm import DistillModel
-from oprd.config import HiddenMSEConfig
+from oprd.config.objectives import HiddenMSEConfig
 from oprd.data.collate import collate
 from oprd.models import LanguageModel, freeze_unused, read_states
 from oprd.objectives import build_objectives

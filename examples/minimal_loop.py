@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oprd.demo
 from oprd.algorithm import DistillModel, collect
-from oprd.config import HiddenMSEConfig
+from oprd.config.objectives import HiddenMSEConfig
 from oprd.data.chat import render, stop_ids
 from oprd.data.collate import collate
 from oprd.demo.task import sums

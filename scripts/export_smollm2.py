@@ -5,7 +5,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from oprd.config import StudentConfig
+from oprd.config.models import StudentConfig
 from oprd.models import load_student, load_tokenizer
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

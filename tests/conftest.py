@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from oprd.config import StudentConfig
+from oprd.config.models import StudentConfig
 from oprd.demo.task import sums, write_jsonl
 from oprd.models import LanguageModel, load_student, load_tokenizer
 

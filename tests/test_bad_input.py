@@ -12,7 +12,7 @@ from peft import PromptTuningConfig, get_peft_model
 
 from conftest import MODELS, load_miniature, miniature_recipe
 from oprd import models
-from oprd.config import parse_recipe
+from oprd.config.reading import parse_recipe
 from oprd.errors import ConfigError, DataError, ModelError, RunFolderError, TeacherMismatch
 from oprd.train.build import build
 from oprd.train.check import Given, check

@@ -3,14 +3,8 @@
 import pytest
 import yaml
 
-from oprd.config import (
-    HiddenMSEConfig,
-    MixtureConfig,
-    OutputKLConfig,
-    load_recipe,
-    parse_recipe,
-    recipe_to_yaml,
-)
+from oprd.config.objectives import HiddenMSEConfig, MixtureConfig, OutputKLConfig
+from oprd.config.reading import load_recipe, parse_recipe, recipe_to_yaml
 from oprd.errors import ConfigError
 
 BASE = {

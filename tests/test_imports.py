@@ -52,5 +52,5 @@ def test_the_report_reads_files_only():
 
 
 def test_a_recipe_is_read_without_loading_torch():
-    code = "import sys, oprd; from oprd.config import load_recipe; assert 'torch' not in sys.modules"
+    code = "import sys, oprd; from oprd.config.reading import load_recipe; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -8,7 +8,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from conftest import ROOT
-from oprd.config import HiddenMSEConfig, OutputKLConfig, load_recipe, parse_recipe
+from oprd.config.objectives import HiddenMSEConfig, OutputKLConfig
+from oprd.config.reading import load_recipe, parse_recipe
 from oprd.data.collate import collate
 from oprd.train.build import Run, build
 from oprd.train.check import Given

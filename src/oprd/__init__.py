@@ -1,29 +1,23 @@
 """oprd: on-policy distillation for people who ship models."""
 
-from oprd.config import BridgeConfig as Bridge
-from oprd.config import BridgeFitConfig as BridgeFit
-from oprd.config import (
-    DataConfig,
-    EvaluationConfig,
-    LoraConfig,
-    Recipe,
-    RolloutConfig,
-    StudentConfig,
-    load_recipe,
-)
-from oprd.config import EffOPDConfig as EffOPD
-from oprd.config import HiddenMSEConfig as HiddenMSE
-from oprd.config import LocalTeacherConfig as LocalTeacher
-from oprd.config import MixtureConfig as Mixture
-from oprd.config import OmniOPDConfig as OmniOPD
-from oprd.config import OutputKLConfig as OutputKL
-from oprd.config import RewritingTeacherConfig as RewritingTeacher
-from oprd.config import RewrittenConfig as RewrittenNLL
-from oprd.config import SelfTeacherConfig as SelfTeacher
-from oprd.config import SequenceTeacherConfig as SequenceTeacher
-from oprd.config import ServerTeacherConfig as ServerTeacher
-from oprd.config import SeveralTeachersConfig as SeveralTeachers
-from oprd.config import StageConfig as Stage
+from oprd.config.models import LocalTeacherConfig as LocalTeacher
+from oprd.config.models import LoraConfig, StudentConfig
+from oprd.config.models import RewritingTeacherConfig as RewritingTeacher
+from oprd.config.models import SelfTeacherConfig as SelfTeacher
+from oprd.config.models import SequenceTeacherConfig as SequenceTeacher
+from oprd.config.models import ServerTeacherConfig as ServerTeacher
+from oprd.config.models import SeveralTeachersConfig as SeveralTeachers
+from oprd.config.objectives import BridgeConfig as Bridge
+from oprd.config.objectives import BridgeFitConfig as BridgeFit
+from oprd.config.objectives import HiddenMSEConfig as HiddenMSE
+from oprd.config.objectives import MixtureConfig as Mixture
+from oprd.config.objectives import OmniOPDConfig as OmniOPD
+from oprd.config.objectives import OutputKLConfig as OutputKL
+from oprd.config.objectives import RewrittenConfig as RewrittenNLL
+from oprd.config.reading import load_recipe
+from oprd.config.recipe import DataConfig, EvaluationConfig, Recipe, RolloutConfig
+from oprd.config.recipe import EffOPDConfig as EffOPD
+from oprd.config.recipe import StageConfig as Stage
 
 __all__ = [
     "Bridge",

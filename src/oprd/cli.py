@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from oprd.config import load_recipe, recipe_to_yaml
+from oprd.config.reading import load_recipe, recipe_to_yaml
 from oprd.errors import Interrupted, OprdError, TrainingStopped
 from oprd.progress import console
 

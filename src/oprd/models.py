@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from oprd.config import LocalTeacherConfig, LoraConfig, StudentConfig
+from oprd.config.models import LocalTeacherConfig, LoraConfig, StudentConfig
 from oprd.errors import ConfigError, ModelError, TeacherMismatch
 from oprd.types import LMHead, MicroBatch, Reading, States, pack
 

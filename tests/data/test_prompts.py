@@ -7,7 +7,7 @@ import pytest
 from transformers import GenerationConfig
 
 from conftest import load_miniature
-from oprd.config import DataConfig
+from oprd.config.recipe import DataConfig
 from oprd.data.chat import end_of_turn, fill, render, stop_ids, with_prompt
 from oprd.data.prompts import PromptSampler, load_prompts
 from oprd.errors import DataError

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from conftest import miniature_recipe
-from oprd.config import parse_recipe
+from oprd.config.reading import parse_recipe
 from oprd.diagnose.updates import _left, _measure, _update, diagnose_updates, rescaled
 from oprd.errors import RunFolderError
 from oprd.models import load_student

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from oprd.config import OutputKLConfig
+from oprd.config.objectives import OutputKLConfig
 from oprd.kernels import chunked
 from oprd.objectives.kl import divergence
 from oprd.types import LMHead

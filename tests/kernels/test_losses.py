@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from oprd.config import OutputKLConfig
+from oprd.config.objectives import OutputKLConfig
 from oprd.kernels import reference
 from oprd.objectives.kl import divergence
 

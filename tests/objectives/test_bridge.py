@@ -14,7 +14,8 @@ from conftest import MODELS, load_miniature, miniature_recipe
 from oprd import models
 from oprd.bridge.file import load_bridge
 from oprd.cli import app
-from oprd.config import BridgeConfig, parse_recipe
+from oprd.config.objectives import BridgeConfig
+from oprd.config.reading import parse_recipe
 from oprd.data.chat import render
 from oprd.data.collate import collate_student, split_by_tokens
 from oprd.demo.task import sums, write_jsonl

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from oprd.algorithm import DistillModel
-from oprd.config import HiddenMSEConfig, OutputKLConfig
+from oprd.config.objectives import HiddenMSEConfig, OutputKLConfig
 from oprd.data.collate import collate
 from oprd.errors import ConfigError, ModelError
 from oprd.kernels.chunked import logits

@@ -3,7 +3,7 @@
 import torch
 from torch.testing import assert_close
 
-from oprd.config import OmniOPDConfig, OutputKLConfig, RewrittenConfig
+from oprd.config.objectives import OmniOPDConfig, OutputKLConfig, RewrittenConfig
 from oprd.data.collate import collate
 from oprd.kernels.reference import draw
 from oprd.objectives import build_objectives

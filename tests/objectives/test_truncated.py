@@ -5,7 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from oprd.algorithm import DistillModel
-from oprd.config import ObjectiveConfig, parse_recipe
+from oprd.config.objectives import ObjectiveConfig
+from oprd.config.reading import parse_recipe
 from oprd.data.collate import collate
 from oprd.models import LanguageModel
 from oprd.objectives import build_objectives

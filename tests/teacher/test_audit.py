@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from conftest import miniature_recipe
-from oprd.config import parse_recipe
+from oprd.config.reading import parse_recipe
 from oprd.data.chat import decode
 from oprd.teacher.audit import chunk_target, place_chunks, subtract_baseline
 from oprd.teacher.similarity import edit_similarity, embedding_similarity

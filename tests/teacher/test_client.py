@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from oprd.config import ServerTeacherConfig
+from oprd.config.models import ServerTeacherConfig
 from oprd.errors import ConfigError, ServerError
 from oprd.teacher.client import Call, Client
 from serving import TEACHER, FaultyServer

@@ -1,12 +1,14 @@
 """Teachers that give the student another trajectory: which rewritings are learned on, and what is learned on otherwise."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from conftest import MODELS, load_miniature, miniature_recipe
-from oprd.config import RewritingTeacherConfig, RewrittenConfig, SequenceTeacherConfig, parse_recipe
+from oprd.config.models import RewritingTeacherConfig, SequenceTeacherConfig
+from oprd.config.objectives import OutputKLConfig, RewrittenConfig
+from oprd.config.reading import parse_recipe
 from oprd.data.chat import decode
 from oprd.objectives import build_objectives
 from oprd.teacher.rewrite import RewritingTeacher, SequenceTeacher
@@ -118,6 +120,34 @@ def test_the_rewriting_teacher_sees_the_problem_and_the_completion(judge):
     (ask,) = writer.asked
     assert ask.messages == (Message(role="user", content="12+34-5 | 46, \\boxed{41}"),)
     assert (ask.prefix, ask.samples, ask.temperature) == ("", 1, 0.3)
+
+
+def test_a_cut_completion_keeps_its_cut_unless_the_teacher_ends_it(judge):
+    """What is learned on is what was sampled, without an end that nobody wrote, or a rewriting with the teacher's end."""
+    tokenizer = load_miniature("teacher").tokenizer
+    texts = ["first I think about it, then", "12+34=46, again 46\n46-5=41\n\\boxed{41} and then"]
+    whole = rollouts(tokenizer, texts)
+    cut = replace(whole, completion_ids=tuple(ids[:-1] for ids in whole.completion_ids), finished=(False, False))
+    writer = Scripted([said("12+34=46"), said("46-5=41\n\\boxed{41}")])
+    teacher = RewritingTeacher(
+        config=RewritingTeacherConfig(teacher=None),
+        writer=writer,
+        judge=judge,
+        tokenizer=tokenizer,
+        stop=tokenizer.eos_token_id,
+        local=None,
+        max_tokens=80,
+    )
+    after = teacher.prepare(cut)
+    assert [decode(tokenizer, ids, special=True) for ids in after.completion_ids] == [
+        texts[0],
+        "46-5=41\n\\boxed{41}<|end|>",
+    ]
+    assert after.finished == (False, True)
+    (plain,) = build_objectives(OutputKLConfig(), blocks=4, vocabulary=262)
+    (text_only,) = build_objectives(RewrittenConfig(), blocks=4, vocabulary=262)
+    lengths = [len(ids) for ids in after.completion_ids]
+    assert (plain.divisor(after), text_only.divisor(after)) == (sum(lengths), lengths[1])
 
 
 def test_a_sequence_teacher_puts_its_own_completions_in_place_of_the_students():

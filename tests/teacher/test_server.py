@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from conftest import MODELS, load_miniature, miniature_recipe
-from oprd.config import parse_recipe
+from oprd.config.reading import parse_recipe
 from oprd.errors import ConfigError, ServerError, TeacherMismatch, TrainingStopped
 from oprd.teacher.client import Client
 from oprd.teacher.server import ServerWriter

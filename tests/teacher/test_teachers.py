@@ -10,7 +10,7 @@ from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 
 import oprd
 from conftest import MODELS, load_miniature, miniature_recipe
-from oprd.config import parse_recipe
+from oprd.config.reading import parse_recipe
 from oprd.data.collate import collate
 from oprd.errors import DataError, TeacherMismatch
 from oprd.models import check_same_tokens, read_states

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from conftest import load_miniature, miniature_recipe
-from oprd.config import parse_recipe
+from oprd.config.reading import parse_recipe
 from oprd.errors import ServerError
 from oprd.teacher.client import Client
 from oprd.teacher.server import ServerWriter

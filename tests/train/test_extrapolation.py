@@ -13,7 +13,9 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import MODELS, miniature_recipe
-from oprd.config import EffOPDConfig, LoraConfig, parse_recipe
+from oprd.config.models import LoraConfig
+from oprd.config.reading import parse_recipe
+from oprd.config.recipe import EffOPDConfig
 from oprd.errors import ConfigError, DataError, Interrupted, TrainingStopped
 from oprd.evaluate.verify import Verifier
 from oprd.models import LanguageModel, _add_lora
@@ -351,7 +353,7 @@ WITNESS = """
 import hashlib, json, sys
 from pathlib import Path
 import torch
-from oprd.config import load_recipe
+from oprd.config.reading import load_recipe
 from oprd.train.build import build
 from oprd.train.loop import train
 torch.set_num_threads(1)

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from conftest import miniature_recipe
-from oprd.config import parse_recipe
+from oprd.config.reading import parse_recipe
 from oprd.errors import Interrupted, RunFolderError
 from oprd.train import checkpoint
 from oprd.train.run import run_recipe
@@ -98,7 +98,7 @@ def test_kill_9_while_a_checkpoint_is_being_written_loses_nothing(tree, tmp_path
         "    real(path, text)\n"
         "checkpoint.write_atomically = write\n"
         "torch.set_num_threads(1)\n"
-        "from oprd.config import load_recipe\n"
+        "from oprd.config.reading import load_recipe\n"
         "from oprd.train.run import run_recipe\n"
         f"run_recipe(load_recipe({str(tmp_path / 'recipe.yaml')!r}))\n"
     )

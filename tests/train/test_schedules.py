@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from conftest import miniature_recipe
-from oprd.config import RolloutConfig, parse_recipe
+from oprd.config.reading import parse_recipe
+from oprd.config.recipe import RolloutConfig
 from oprd.errors import ConfigError, Interrupted
 from oprd.train.build import build
 from oprd.train.log import Clock

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from conftest import MODELS, miniature_recipe
-from oprd.config import parse_recipe
+from oprd.config.reading import parse_recipe
 from oprd.data.collate import split_by_tokens
 from oprd.errors import TrainingStopped
 from oprd.train.build import build

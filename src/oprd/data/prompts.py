@@ -11,7 +11,7 @@ import torch
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
-from oprd.config import DataConfig
+from oprd.config.recipe import DataConfig
 from oprd.data.chat import fill, render, with_prompt
 from oprd.errors import DataError
 from oprd.types import Message, Prompt, PromptBatch

@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from oprd.config import Recipe, parse_recipe
+from oprd.config.reading import parse_recipe
+from oprd.config.recipe import Recipe
 from oprd.demo.task import sums, write_jsonl
 from oprd.evaluate.command import evaluate_model
 from oprd.evaluate.run import Evaluation, evaluation_from

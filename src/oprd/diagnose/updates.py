@@ -16,7 +16,8 @@ import yaml
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from oprd.config import Recipe, parse_recipe
+from oprd.config.reading import parse_recipe
+from oprd.config.recipe import Recipe
 from oprd.data.chat import stop_ids
 from oprd.errors import RunFolderError
 from oprd.evaluate.benchmarks import load_benchmarks

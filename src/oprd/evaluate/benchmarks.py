@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from oprd.config import DataConfig, EvaluationConfig
+from oprd.config.recipe import DataConfig, EvaluationConfig
 from oprd.data.prompts import load_prompts
 from oprd.errors import DataError
 from oprd.types import Prompt

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from oprd.config import EvaluationConfig
+from oprd.config.recipe import EvaluationConfig
 from oprd.data.chat import stop_ids
 from oprd.errors import ConfigError
 from oprd.evaluate.benchmarks import load_benchmarks

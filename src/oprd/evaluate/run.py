@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from oprd.config import EvaluationConfig
+from oprd.config.recipe import EvaluationConfig
 from oprd.data.chat import decode
 from oprd.evaluate import metrics
 from oprd.evaluate.benchmarks import Benchmark

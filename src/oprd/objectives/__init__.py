@@ -2,7 +2,7 @@
 
 from typing import get_args
 
-from oprd.config import (
+from oprd.config.objectives import (
     BridgeConfig,
     HiddenMSEConfig,
     ObjectiveConfig,

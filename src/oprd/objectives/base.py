@@ -6,7 +6,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from oprd.config import Tokens
+from oprd.config.objectives import Tokens
 from oprd.types import Reading, Rollouts, States, Tally, TeacherTargets, TokenSelection
 
 LAST_K = 2000

@@ -24,7 +24,7 @@ from oprd.bridge.blocks import partner
 from oprd.bridge.features import Features
 from oprd.bridge.file import BridgeFile, Setting, check_setting, load_bridge
 from oprd.bridge.solve import Solution, auto_rank
-from oprd.config import BridgeConfig
+from oprd.config.objectives import BridgeConfig
 from oprd.errors import ConfigError
 from oprd.kernels.chunked import confidence, sampled_logprobs, sharpen
 from oprd.kernels.reference import hidden_mse, normalized_hidden_mse

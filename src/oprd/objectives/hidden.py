@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from oprd.config import HiddenMSEConfig, Layers
+from oprd.config.objectives import HiddenMSEConfig, Layers
 from oprd.errors import ConfigError
 from oprd.kernels.reference import hidden_mse, normalized_hidden_mse
 from oprd.objectives.base import Objective, token_selection

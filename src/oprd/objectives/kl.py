@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from oprd.config import OutputKLConfig
+from oprd.config.objectives import OutputKLConfig
 from oprd.errors import ConfigError
 from oprd.kernels import reference
 from oprd.kernels.chunked import Divergence, head_divergence, head_logprobs, sampled_logprobs

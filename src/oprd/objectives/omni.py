@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from oprd.config import OmniOPDConfig
+from oprd.config.objectives import OmniOPDConfig
 from oprd.kernels.chunked import head_divergence
 from oprd.kernels.reference import forward_kl, token_logprobs
 from oprd.objectives.base import Objective

@@ -5,7 +5,7 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor
 
-from oprd.config import RewrittenConfig
+from oprd.config.objectives import RewrittenConfig
 from oprd.kernels.chunked import head_divergence
 from oprd.kernels.reference import token_logprobs
 from oprd.objectives.base import Objective

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oprd.config import OmniOPDConfig
+from oprd.config.objectives import OmniOPDConfig
 from oprd.data.chat import decode
 from oprd.data.collate import collate, rows_by_tokens
 from oprd.errors import ServerError

@@ -22,7 +22,7 @@ from typing import Any, Literal, final
 
 import openai
 
-from oprd.config import ServerTeacherConfig
+from oprd.config.models import ServerTeacherConfig
 from oprd.errors import ConfigError, ServerError
 from oprd.types import Tally
 

@@ -11,7 +11,7 @@ from typing import ClassVar, Protocol, final
 
 from transformers import PreTrainedTokenizerBase
 
-from oprd.config import RewritingTeacherConfig, SequenceTeacherConfig
+from oprd.config.models import RewritingTeacherConfig, SequenceTeacherConfig
 from oprd.data.chat import decode, encode, fill
 from oprd.teacher.base import Teacher
 from oprd.teacher.writer import Ask, Writer, Written

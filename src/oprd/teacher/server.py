@@ -7,7 +7,7 @@ from typing import Any, final
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from oprd.config import ServerTeacherConfig
+from oprd.config.models import ServerTeacherConfig
 from oprd.data.chat import decode, encode, render, with_prompt
 from oprd.errors import ServerError
 from oprd.models import PROBE_TEXTS

@@ -16,11 +16,8 @@ from transformers import get_scheduler
 
 from oprd.algorithm import DistillModel
 from oprd.bridge.file import check_weights, weights_fingerprint
-from oprd.config import (
-    EffOPDConfig,
-    Recipe,
-    SelfTeacherConfig,
-)
+from oprd.config.models import SelfTeacherConfig
+from oprd.config.recipe import EffOPDConfig, Recipe
 from oprd.data.chat import stop_ids
 from oprd.data.prompts import PromptSampler
 from oprd.errors import ConfigError

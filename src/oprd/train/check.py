@@ -8,13 +8,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.bridge.file import check_side, tokenizer_fingerprint
-from oprd.config import (
-    LocalTeacherConfig,
-    Recipe,
-    SelfTeacherConfig,
-    ServerTeacherConfig,
-    SeveralTeachersConfig,
-)
+from oprd.config.models import LocalTeacherConfig, SelfTeacherConfig, ServerTeacherConfig, SeveralTeachersConfig
+from oprd.config.recipe import Recipe
 from oprd.data.align import Aligner
 from oprd.data.chat import end_of_turn, stop_ids
 from oprd.data.prompts import load_prompts

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from oprd.config import EffOPDConfig
+from oprd.config.recipe import EffOPDConfig
 from oprd.errors import TrainingStopped
 from oprd.models import LanguageModel
 from oprd.train.log import derive_seed

@@ -23,7 +23,9 @@ from oprd.bridge.fit import (
     solve_by_gradient,
 )
 from oprd.bridge.solve import auto_rank
-from oprd.config import BridgeConfig, LocalTeacherConfig, Recipe, objective_terms
+from oprd.config.models import LocalTeacherConfig
+from oprd.config.objectives import BridgeConfig, objective_terms
+from oprd.config.recipe import Recipe
 from oprd.data.chat import stop_ids
 from oprd.data.prompts import load_prompts
 from oprd.errors import ConfigError, DataError

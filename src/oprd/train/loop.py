@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 
-from oprd.config import recipe_to_yaml
+from oprd.config.reading import recipe_to_yaml
 from oprd.errors import Interrupted, ServerError, TrainingStopped
 from oprd.evaluate.run import Evaluation, evaluate, evaluation_from
 from oprd.evaluate.verify import Verifier

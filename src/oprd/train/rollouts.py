@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from oprd.algorithm import collect
-from oprd.config import RolloutConfig
+from oprd.config.recipe import RolloutConfig
 from oprd.data.chat import encode, end_of_turn
 from oprd.data.collate import split_by_tokens
 from oprd.kernels.chunked import sampled_logprobs

@@ -9,15 +9,10 @@ import datasets
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oprd.config import (
-    HiddenMSEConfig,
-    ObjectiveConfig,
-    Recipe,
-    StudentConfig,
-    TeacherConfig,
-    parse_recipe,
-    part_to_dict,
-)
+from oprd.config.models import StudentConfig, TeacherConfig
+from oprd.config.objectives import HiddenMSEConfig, ObjectiveConfig
+from oprd.config.reading import parse_recipe, part_to_dict
+from oprd.config.recipe import Recipe
 from oprd.train.build import build
 from oprd.train.check import Given
 from oprd.train.loop import Result, train

@@ -24,7 +24,9 @@ import psutil
 import torch
 import yaml
 
-from oprd.config import SERVER_MAY_CHANGE, Recipe, parse_recipe, recipe_to_dict, recipe_to_yaml
+from oprd.config.models import SERVER_MAY_CHANGE
+from oprd.config.reading import parse_recipe, recipe_to_dict, recipe_to_yaml
+from oprd.config.recipe import Recipe
 from oprd.errors import RunFolderError
 
 MAY_CHANGE = (

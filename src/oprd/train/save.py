@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from oprd.bridge.file import weights_fingerprint
-from oprd.config import recipe_to_yaml
+from oprd.config.reading import recipe_to_yaml
 from oprd.evaluate.run import Evaluation
 from oprd.models import is_peft
 from oprd.objectives.bridge import Bridge

@@ -1,6 +1,6 @@
 """Which stage of a recipe a step belongs to."""
 
-from oprd.config import Recipe
+from oprd.config.recipe import Recipe
 from oprd.train.checkpoint import find_checkpoint
 from oprd.train.run_folder import RunFolder
 

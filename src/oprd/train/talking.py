@@ -11,21 +11,18 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import PreTrainedTokenizerBase
 
-from oprd.config import (
+from oprd.config.models import (
     LocalTeacherConfig,
-    OmniOPDConfig,
     OneTeacherConfig,
-    OutputKLConfig,
-    Recipe,
     RewritingTeacherConfig,
     SelfTeacherConfig,
     SequenceTeacherConfig,
     ServerTeacherConfig,
     SeveralTeachersConfig,
-    SingleObjective,
     TeacherConfig,
-    objective_terms,
 )
+from oprd.config.objectives import OmniOPDConfig, OutputKLConfig, SingleObjective, objective_terms
+from oprd.config.recipe import Recipe
 from oprd.data.chat import end_of_turn, stop_ids
 from oprd.errors import ConfigError
 from oprd.evaluate.verify import Verdict, Verifier

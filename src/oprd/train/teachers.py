@@ -8,15 +8,15 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from oprd.config import (
+from oprd.config.models import (
     LocalTeacherConfig,
-    Recipe,
     RewritingTeacherConfig,
     SelfTeacherConfig,
     SequenceTeacherConfig,
     ServerTeacherConfig,
     SeveralTeachersConfig,
 )
+from oprd.config.recipe import Recipe
 from oprd.models import (
     LanguageModel,
     load_teacher,

@@ -5,7 +5,7 @@ from functools import partial
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from oprd.config import EffOPDConfig
+from oprd.config.recipe import EffOPDConfig
 from oprd.data.chat import decode
 from oprd.data.collate import split_by_tokens
 from oprd.evaluate.verify import Verifier
