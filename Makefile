@@ -34,9 +34,10 @@ $(VLLM)/.installed: Makefile
 test-vllm: $(VENV)/.installed-dev $(VLLM)/.installed
 	$(BIN)/python -m pytest -m vllm
 
+MODEL ?= src/oprd/demo/models/teacher
 serve-miniature: $(VLLM)/.installed
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m vllm.entrypoints.openai.api_server \
-	  --model src/oprd/demo/models/teacher --served-model-name teacher --host 127.0.0.1 --port 8411 \
+	  --model $(MODEL) --served-model-name teacher --host 127.0.0.1 --port 8411 \
 	  --dtype float32 --max-model-len 256 --max-logprobs 64 --enforce-eager
 
 format: $(VENV)/.installed-dev

@@ -45,9 +45,18 @@ Arm = dict[str, Any]
 the student's shape and tokenizer, the control for what is lost across the bridge."""
 
 NOT_SHARPENED = {"sharpen": False}
+THROUGH_HEAD = {"loss": "reverse_kl", "coefficient": 1.0}
 ARMS: dict[str, Arm] = {
     "full": {"bridge": {"rank": "full"}},
     "auto": {"bridge": {"rank": "auto"}},
+    **{
+        f"{rank}_reverse_kl": {"bridge": {"rank": rank} | THROUGH_HEAD, "learning_rate": 8e-4}
+        for rank in ("full", "auto")
+    },
+    **{
+        f"auto_reverse_kl_{rate}": {"bridge": {"rank": "auto"} | THROUGH_HEAD, "learning_rate": float(rate)}
+        for rate in ("4e-4", "1.6e-3")
+    },
     "opd": {"opd": True, "learning_rate": 4e-4},
     "full_then_opd": {"bridge": {"rank": "full"}, "opd": True, "learning_rate": 4e-4},
     "shared_ids": {"bridge": {"rank": "full"}, "alignment": "shared_ids"},
@@ -74,13 +83,20 @@ ARMS: dict[str, Arm] = {
     "twin_last_block": {"twin": {"layers": "last"}},
     "auto_3_updates": {"bridge": {"rank": "auto"}, "updates": 3},
     "full_3_updates": {"bridge": {"rank": "full"}, "updates": 3},
-    "auto_5_updates": {"bridge": {"rank": "auto"}, "updates": 5},
     "opd_2e-4": {"opd": True, "learning_rate": 2e-4},
     "opd_8e-4": {"opd": True, "learning_rate": 8e-4},
 }
 ARMS |= {
     f"{name}_not_sharpened": ARMS[name] | {"bridge": ARMS[name]["bridge"] | NOT_SHARPENED}
-    for name in ("full", "auto", *(f"rank_{r}" for r in (2, 4, 8, 16, 32)), "full_then_opd", "shared_ids", "all_blocks")
+    for name in (
+        "full",
+        "auto",
+        "auto_reverse_kl",
+        *(f"rank_{r}" for r in (2, 4, 8, 16, 32)),
+        "full_then_opd",
+        "shared_ids",
+        "all_blocks",
+    )
 }
 
 

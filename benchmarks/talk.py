@@ -1,25 +1,38 @@
-"""Teachers that only talk, on the miniature: OmniOPD, its parts, and what else the same teacher can be used for.
+"""Teachers that only talk, on the miniature: OmniOPD, its parts, what else the same teacher can be used for, and MPD.
 
     make serve-miniature &
     python benchmarks/talk.py --base-url http://127.0.0.1:8411/v1 --seeds 0 1 2 omni omni-random sampled sequence
+    python scripts/make_verbose_models.py student teacher
+    python benchmarks/talk.py --seeds 0 1 2 opd-verbose mpd mpd-nll
+    python benchmarks/talk.py --table
 
 Each run's line is added to benchmarks/results/talk.json; a variant and seed that is there already is not run again.
+MPD's pair of models is that of scripts/make_verbose_models.py; for its text-only variants on a server, start that with
+`make serve-miniature MODEL=runs/verbose/teacher`.
 """
 
 import argparse
 import json
 import shutil
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from oprd.config import parse_recipe
+import torch
+
+from oprd.config.reading import parse_recipe
 from oprd.demo.run import HELD_OUT_PROBLEMS, MODELS, TRAINING_PROBLEMS, evaluation_options
 from oprd.demo.task import sums, write_jsonl
 from oprd.train.run import run_recipe
 from oprd.train.run_folder import describe_machine
 
-RESULTS = Path(__file__).parent / "results" / "talk.json"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "talk.json"
+VERBOSE = ROOT / "runs" / "verbose"
+REWRITE_PROMPT = "{prompt}\n{completion}"
+"""What the teacher of make_verbose_models.py was taught to answer."""
+OPD, NLL = {"type": "opd"}, {"type": "nll"}
 OMNI = {"type": "omni_opd", "chunk_tokens": 8, "chunks": 3, "continuations": 6, "baseline": "batch_mean"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "omni": {"objective": OMNI, "learning_rate": 3e-4},
@@ -30,21 +43,42 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "omni-no-prior": {"objective": OMNI | {"prior": 0.0}, "learning_rate": 3e-4},
     "sampled": {"objective": {"type": "opd", "estimator": "sampled"}, "learning_rate": 4e-4},
     # a completion has about 36 tokens, its audit 3 x 6 x 8: four times the prompts for as many teacher tokens
-    "sequence": {"objective": {"type": "nll"}, "learning_rate": 3e-4, "prompts_per_step": 96, "teacher": "sequence"},
+    "sequence": {"objective": NLL, "learning_rate": 3e-4, "prompts_per_step": 96, "writes": {"type": "sequence"}},
+}
+REWRITES = {"type": "rewrite", "rewrite_prompt": REWRITE_PROMPT}
+VERBOSE_VARIANTS: dict[str, dict[str, Any]] = {
+    # reverse KL on what the student wrote, on what the teacher made of it, with its likelihood, and that alone
+    "opd-verbose": {"objective": OPD},
+    "mpd": {"objective": OPD, "writes": REWRITES},
+    "mpd-forward-kl": {"objective": OPD | {"divergence": "forward_kl"}, "writes": REWRITES},
+    "mpd-and-nll": {"objective": {"type": "mixture", "terms": [OPD, NLL]}, "writes": REWRITES},
+    "mpd-nll": {"objective": NLL, "writes": REWRITES},
+}
+LONGER = {"max_completion_length": 128}
+VARIANTS |= {
+    name: {"student": VERBOSE / "student", "teacher": VERBOSE / "teacher", "learning_rate": 4e-4, "rollout": LONGER}
+    | variant
+    for name, variant in VERBOSE_VARIANTS.items()
 }
 
 
-def recipe(name: str, seed: int, data: Path, teacher: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def recipe(name: str, seed: int, data: Path, base_url: str | None, changes: dict[str, Any]) -> dict[str, Any]:
     """One run: 24 prompts of 2 completions a step."""
     variant = VARIANTS[name] | changes
-    if variant.pop("teacher", None) == "sequence":
-        teacher = {"type": "sequence", "teacher": teacher}
+    student, model = (str(variant.pop(key, MODELS / own)) for key, own in (("student", "base"), ("teacher", "teacher")))
+    teacher: dict[str, Any] = {"type": "local", "model": model, "dtype": "float32"}
+    if base_url is not None:
+        teacher = {"type": "server", "base_url": base_url, "model": "teacher", "tokenizer": model, "concurrency": 64}
+    if "writes" in variant:
+        teacher = variant.pop("writes") | {"teacher": teacher}
+    rollout = {"group_size": 2, "max_completion_length": 80, "max_sequences": 256} | variant.pop("rollout", {})
+    length = {"max_completion_length": rollout["max_completion_length"]}
     return {
-        "student": {"model": str(MODELS / "base")},
+        "student": {"model": student},
         "teacher": teacher,
         "data": {"prompts": str(data / "train.jsonl")},
-        "rollout": {"group_size": 2, "max_completion_length": 80, "max_sequences": 256},
-        "evaluation": evaluation_options(data / "held_out.jsonl"),
+        "rollout": rollout,
+        "evaluation": evaluation_options(data / "held_out.jsonl") | length,
         "output_dir": str(data / name),
         "prompts_per_step": 24,
         "max_steps": 100,
@@ -56,11 +90,11 @@ def recipe(name: str, seed: int, data: Path, teacher: dict[str, Any], changes: d
     } | variant
 
 
-def run(name: str, seed: int, teacher: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def run(name: str, seed: int, base_url: str | None, changes: dict[str, Any]) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp())
     write_jsonl(folder / "train.jsonl", sums(TRAINING_PROBLEMS, seed=1, held_out=False))
     write_jsonl(folder / "held_out.jsonl", sums(HELD_OUT_PROBLEMS, seed=2, held_out=True))
-    tree = recipe(name, seed, folder, teacher, changes)
+    tree = recipe(name, seed, folder, base_url, changes)
     done = run_recipe(parse_recipe(tree))
     steps = [json.loads(line) for line in (done.run_folder / "metrics.jsonl").read_text().splitlines()]
     scores = [json.loads(line) for line in (done.run_folder / "evaluations.jsonl").read_text().splitlines()]
@@ -70,12 +104,13 @@ def run(name: str, seed: int, teacher: dict[str, Any], changes: dict[str, Any]) 
         "variant": name,
         "seed": seed,
         "changes": changes,
+        "server": base_url is not None,
         "avg_at_4": {row["step"]: [round(row[f"avg_at_k{end}"], 4) for end in ("", "_low", "_high")] for row in scores},
         "length": {row["step"]: round(row["mean_length"], 1) for row in scores},
         "teacher_tokens": sum(row.get(tokens, 0) for row in steps),
         "requests": sum(row.get("teacher/requests/sum", 0) for row in steps),
         "first_and_last": [
-            {key: value for key, value in row.items() if key.startswith(("omni/", "train/"))}
+            {key: value for key, value in row.items() if key.startswith(("omni/", "rewrite/", "train/"))}
             for row in (steps[0], steps[-1])
         ],
         "minutes": round(done.result.seconds / 60, 1),
@@ -84,32 +119,51 @@ def run(name: str, seed: int, teacher: dict[str, Any], changes: dict[str, Any]) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variants", nargs="+", choices=VARIANTS)
-    parser.add_argument(
-        "--base-url", help="of a server with the miniature teacher; without one it runs in this process"
-    )
+    parser.add_argument("variants", nargs="*", choices=[*VARIANTS, []])
+    parser.add_argument("--table", action="store_true", help="print the results as Markdown and do nothing else")
+    parser.add_argument("--base-url", help="of a server with the teacher; without one it runs in this process")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--changes", type=json.loads, default={}, help="keys of the recipe, as JSON")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
-    model = str(MODELS / "teacher")
-    teacher: dict[str, Any] = {"type": "local", "model": model, "dtype": "float32"}
-    if given.base_url is not None:
-        teacher = {
-            "type": "server",
-            "base_url": given.base_url,
-            "model": "teacher",
-            "tokenizer": model,
-            "concurrency": 64,
-        }
+    if given.table:
+        print(table(read_runs(given.out)))
+        return
+    torch.set_num_threads(1)
     for seed in given.seeds:
         for name in given.variants:
-            rows = json.loads(given.out.read_text())["runs"] if given.out.is_file() else []
-            if any((row["variant"], row["seed"], row["changes"]) == (name, seed, given.changes) for row in rows):
+            asked = (name, seed, given.changes)
+            if any((row["variant"], row["seed"], row["changes"]) == asked for row in read_runs(given.out)):
                 continue
-            rows.append(run(name, seed, teacher, given.changes))
-            print(json.dumps(rows[-1]), flush=True)
-            given.out.write_text(json.dumps({"runs": rows, **describe_machine()}, indent=2) + "\n")
+            row = run(name, seed, given.base_url, given.changes)
+            print(json.dumps(row), flush=True)
+            # read again: several of these commands may run side by side
+            runs = [*read_runs(given.out), row]
+            given.out.write_text(json.dumps({"runs": runs, **describe_machine()}, indent=2) + "\n")
+
+
+def read_runs(file: Path) -> list[dict[str, Any]]:
+    return json.loads(file.read_text())["runs"] if file.is_file() else []
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """avg@4 and length at the end, mean over seeds and of every seed; what the teacher wrote or read, in a thousand tokens."""
+    lines = [
+        "| | avg@4 | of seeds | mean length | of seeds | teacher's tokens (thousands) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(row["variant"] for row in runs):
+        found = sorted((row for row in runs if row["variant"] == name and not row["changes"]), key=lambda r: r["seed"])
+        if not found:
+            continue
+        accuracies = [row["avg_at_4"][max(row["avg_at_4"], key=int)][0] for row in found]
+        lengths = [row["length"][max(row["length"], key=int)] for row in found]
+        tokens = statistics.mean(row["teacher_tokens"] for row in found) / 1000
+        lines.append(
+            f"| `{name}` | {statistics.mean(accuracies):.3f} | {', '.join(f'{x:.3f}' for x in accuracies)} "
+            f"| {statistics.mean(lengths):.1f} | {', '.join(f'{x:.1f}' for x in lengths)} | {tokens:.0f} |"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ rounding differs and the accuracies move a little.
 
 import argparse
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 from oprd.data.chat import render
-from oprd.demo.task import Sum, completion, sums, wrong_completion
+from oprd.demo.task import completion, sums, wrong_completion
 from oprd.types import Message
 
 FOLDER = Path(__file__).parents[1] / "src/oprd/demo/models"
@@ -56,6 +57,10 @@ For demonstrations and tests of oprd, no use beyond. Signed sums of 3 to 5 numbe
 - Measured: {measured}.
 - Again: `python scripts/make_demo_models.py {name}`
 """
+
+
+Turns = tuple[str, str]
+"""A question and its answer."""
 
 
 def make_tokenizer() -> PreTrainedTokenizerBase:
@@ -127,21 +132,37 @@ def make_model(
     return model
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, problem: Sum) -> list[int]:
-    return list(render(tokenizer, [Message(role="user", content=problem.problem)]))
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+    return list(render(tokenizer, [Message(role="user", content=question)]))
 
 
-def batch_of(tokenizer: PreTrainedTokenizerBase, seed: int, wrong_share: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fresh demonstrations, [B, T] ids and labels; only the completion is learned. Padding is on the right, where
-    causal attention never looks, so no attention mask is needed."""
+def demonstrations(seed: int, wrong_share: float) -> list[Turns]:
+    """A batch of worked problems, some of them with a slip."""
     rng = random.Random(seed)
-    rows = []
-    for problem in sums(BATCH, seed, held_out=False):
-        text = wrong_completion(problem, rng) if rng.random() < wrong_share else completion(problem)
-        rows.append((prompt_ids(tokenizer, problem), [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]))
+    return [
+        (problem.problem, wrong_completion(problem, rng) if rng.random() < wrong_share else completion(problem))
+        for problem in sums(BATCH, seed, held_out=False)
+    ]
+
+
+def with_slips(seed: int) -> list[Turns]:
+    return demonstrations(seed, WRONG_SHARE)
+
+
+def all_right(seed: int) -> list[Turns]:
+    return demonstrations(seed, 0.0)
+
+
+def batch_of(tokenizer: PreTrainedTokenizerBase, turns: list[Turns]) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, T] ids and labels; only the assistant's turn is learned. Padding is on the right, where causal attention
+    never looks, so no attention mask is needed."""
+    rows = [
+        (prompt_ids(tokenizer, question), [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id])
+        for question, answer in turns
+    ]
     width = max(len(prompt) + len(answer) for prompt, answer in rows)
-    ids = torch.full((BATCH, width), tokenizer.pad_token_id)
-    labels = torch.full((BATCH, width), -100)
+    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+    labels = torch.full((len(rows), width), -100)
     for i, (prompt, answer) in enumerate(rows):
         ids[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
         labels[i, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
@@ -184,15 +205,16 @@ def orthogonal(x: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    draw: Callable[[int], list[Turns]],
     *,
     steps: int,
     first_seed: int,
-    wrong_share: float,
     decay: bool,
     muon: type[torch.optim.Optimizer] = torch.optim.Muon,
     muon_lr: float = MUON_LR,
 ) -> None:
-    """Next-token loss. Muon on the matrices of the blocks: AdamW alone was slower in the few trials made."""
+    """Next-token loss on what `draw` makes of one seed after the other. Muon on the matrices of the blocks: AdamW alone
+    was slower in the few trials made."""
     model.train()
     matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     others = [model.model.embed_tokens.weight] + [weight for weight in model.parameters() if weight.ndim == 1]
@@ -206,7 +228,7 @@ def train(
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     for step in range(1, steps + 1):
-        ids, labels = batch_of(tokenizer, first_seed + step, wrong_share)
+        ids, labels = batch_of(tokenizer, draw(first_seed + step))
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -218,15 +240,15 @@ def train(
 
 
 @torch.no_grad()
-def measure(folder: Path) -> str:
+def measure(folder: Path, max_new_tokens: int = MAX_NEW_TOKENS) -> str:
     """avg@4 of the saved weights on held-out problems, its 95% bootstrap interval over problems, the mean length."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(SEED)
     problems = [problem for problem in sums(PROBLEMS, SEED, held_out=True) for _ in range(SAMPLES)]
-    rows = [{"input_ids": prompt_ids(tokenizer, problem)} for problem in problems]
+    rows = [{"input_ids": prompt_ids(tokenizer, problem.problem)} for problem in problems]
     inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt")
-    out = model.generate(**inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=MAX_NEW_TOKENS)
+    out = model.generate(**inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens)
     out = out[:, inputs["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(out, skip_special_tokens=True)
     right = torch.tensor(
@@ -264,7 +286,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, 
 def make_base() -> None:
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    train(model, tokenizer, steps=BASE_STEPS, first_seed=0, wrong_share=WRONG_SHARE, decay=False)
+    train(model, tokenizer, with_slips, steps=BASE_STEPS, first_seed=0, decay=False)
     how = f"{BASE_STEPS} steps from random weights; {WRONG_SHARE:.0%} of the completions have one wrong step"
     save(model, tokenizer, "base", how)
 
@@ -272,7 +294,7 @@ def make_base() -> None:
 def make_teacher() -> None:
     tokenizer = make_tokenizer()
     model = AutoModelForCausalLM.from_pretrained(FOLDER / "base", dtype=torch.float32)
-    train(model, tokenizer, steps=TEACHER_STEPS, first_seed=BASE_STEPS, wrong_share=0.0, decay=True)
+    train(model, tokenizer, all_right, steps=TEACHER_STEPS, first_seed=BASE_STEPS, decay=True)
     save(model, tokenizer, "teacher", f"{TEACHER_STEPS} more steps from `base`, every completion right")
 
 
@@ -283,9 +305,9 @@ def make_wide_teacher() -> None:
         train(
             model,
             tokenizer,
+            all_right,
             steps=steps,
             first_seed=done,
-            wrong_share=0.0,
             decay=True,
             muon=BatchedMuon,
             muon_lr=rate,

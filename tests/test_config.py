@@ -15,6 +15,9 @@ BASE = {
 }
 
 
+BRIDGE = {"type": "oprd_bridge", "bridge": "b.safetensors"}
+
+
 def told(**changes: object) -> str:
     with pytest.raises(ConfigError) as caught:
         parse_recipe(BASE | changes)
@@ -80,6 +83,9 @@ def test_a_missing_variant_or_key_says_so():
         ({"objective": {"type": "opd", "top_k": 3}}, "top_k and support have no meaning"),
         ({"objective": {"type": "opd", "estimator": "sampled", "kl_temperature": 2.0}}, "only at kl_temperature 1"),
         ({"objective": {"type": "mixture", "terms": [{"type": "opd"}]}}, "at least two terms"),
+        ({"objective": BRIDGE | {"trainable": True}}, "with space 'student' nothing is projected"),
+        ({"objective": BRIDGE | {"loss": "reverse_kl", "layers": "all"}}, "got space 'student' and layers 'all'"),
+        ({"objective": BRIDGE | {"loss": "reverse_kl", "space": "projections"}}, "got space 'projections'"),
         ({"teacher": {"type": "self"}}, "agrees with the student everywhere"),
         ({"teacher": {"type": "several", "teachers": {}}}, "teachers is empty"),
     ],

@@ -290,6 +290,48 @@ def test_the_target_is_made_as_sure_as_the_teacher_is(bridge, prompts, tmp_path)
     assert_close(below, found.edit(3, *(targets.hidden[r] for r in (found.readings[2], found._of_teacher[2])), paired))
 
 
+def test_through_the_head_the_loss_is_the_reverse_kl_to_what_the_head_said_before_training(bridge, prompts, tmp_path):
+    objective = {"layers": "last", "loss": "reverse_kl", "coefficient": 1.0}
+    run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, objective)))
+    assert run.uses_head
+    (found,) = run.objectives
+    before = run.lm.core.lm_head.weight.detach().clone()
+    rollouts = run.teacher.prepare(as_rendered(run.lm, rollouts_of(run.lm, ["12+34=46\n46-5=42", "9"])))
+    batch = collate_student(rollouts, pad_id=0, device=run.lm.device)
+    with torch.no_grad():
+        run.lm.core.lm_head.weight.add_(torch.randn_like(before), alpha=0.01)
+    targets = run.teacher.targets(rollouts, run.teacher_readings, head=run.teacher_head)
+    states = read_states(run.lm, batch, found.readings, head=True)
+    values = found.per_token(states, targets)
+    (wanted,) = found.wanted(batch, targets)
+    log_p = (states.hidden[found.readings[0]] @ run.lm.core.lm_head.weight.T).log_softmax(-1)
+    log_q = (wanted @ before.T).log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert_close(values, expected, atol=1e-5, rtol=1e-4)
+    weights = [run.lm.core.lm_head.weight, run.lm.model.model.layers[3].mlp.up_proj.weight]
+    ours, by_autograd = (torch.autograd.grad(x.sum(), weights, retain_graph=True) for x in (values, expected))
+    for gradient, reference in zip(ours, by_autograd, strict=True):
+        assert_close(gradient, reference, atol=1e-4, rtol=1e-3)
+    # nothing learned yet, nothing to keep: unpaired tokens start at zero
+    with torch.no_grad():
+        run.lm.core.lm_head.weight.copy_(before)
+    targets = run.teacher.targets(rollouts, run.teacher_readings, head=run.teacher_head)
+    states = read_states(run.lm, batch, found.readings, head=True)
+    moved, _ = found.moved(batch, targets)
+    values = found.per_token(states, targets)
+    assert_close(values[~moved], torch.zeros_like(values[~moved]), atol=1e-6, rtol=0)
+    assert float(values[moved].detach().max()) > 0.01
+
+
+def test_through_the_head_a_run_learns_and_stale_rollouts_need_no_weights(bridge, prompts, tmp_path):
+    objective = {"layers": "last", "loss": "reverse_kl", "coefficient": 1.0}
+    tree = bridge_recipe(tmp_path, prompts, bridge, objective, max_steps=2, lr_scheduler_type="constant")
+    done = run_recipe(parse_recipe(tree | {"rollout": tree["rollout"] | {"updates_per_rollout": 3}}))
+    rows = [json.loads(line) for line in (done.run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["train/reverse_kl/mean"] > 0 for row in rows)
+    assert rows[0]["bridge/trusted/share"] > 0.9
+
+
 def test_a_pair_that_only_an_unlikely_token_made_is_dropped(bridge, prompts, tmp_path):
     """12+3=: after 12+ the problem goes on with 34. The teacher's piece 3 ends because the student wrote = too early."""
     run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, {"layers": [2]})))
@@ -309,7 +351,7 @@ def test_a_pair_that_only_an_unlikely_token_made_is_dropped(bridge, prompts, tmp
     assert early[[0, 1, 2, 4]].all()
     assert (len(trusted), int(trusted.sum())) == (14, int(moved.sum()))
     (share,) = found.tallies()
-    assert (share.name, share.total, share.of) == ("train/oprd_bridge/trusted/share", float(moved.sum()), 14.0)
+    assert (share.name, share.total, share.of) == ("bridge/trusted/share", float(moved.sum()), 14.0)
     (wanted,) = found.wanted(batch, targets)
     before = targets.hidden[found.readings[0]]
     assert_close(wanted[~moved], before[~moved])

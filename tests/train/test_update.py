@@ -273,20 +273,30 @@ def test_two_processes_are_told_by_their_teachers_and_add_up(how, which, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "space"), [("ddp", "projections"), ("fsdp2", "projections"), ("fsdp2", "student")])
-def test_a_bridge_gives_the_weights_of_one_process(how, space, given_completions, tmp_path):
-    """Projections that train are part of what is wrapped; under DDP a second stage, in the student's space, wraps anew."""
+@pytest.mark.parametrize(
+    ("how", "space", "loss"),
+    [
+        ("ddp", "projections", "hidden"),
+        ("fsdp2", "projections", "hidden"),
+        ("fsdp2", "student", "hidden"),
+        ("fsdp2", "student", "reverse_kl"),
+    ],
+)
+def test_a_bridge_gives_the_weights_of_one_process(how, space, loss, given_completions, tmp_path):
+    """Projections that train are part of what is wrapped; under DDP a second stage, through the student's head, wraps anew."""
 
     def tree(name: str) -> dict[str, object]:
         objective = {"type": "oprd_bridge", "bridge": str(tmp_path / "b.safetensors"), "tokens": "all", "rank": 4}
         objective |= {"layers": "all", "space": space, "trainable": space == "projections", "fit": {"held_out": 0.25}}
+        through_head = {"layers": "last", "space": "student", "trainable": False, "loss": "reverse_kl"}
+        if loss == "reverse_kl":
+            objective |= through_head
         options = {"rollout": {"lambda_on_policy": 0.0, "max_completion_length": 48}, "adam_epsilon": 1e-4}
         wide = {"type": "local", "model": str(MODELS / "wide_teacher"), "dtype": "float32"}
         made = miniature_recipe(tmp_path / name, given_completions, teacher=wide, objective=objective, **options)
         made |= {"prompts_per_step": 8, "micro_batch_tokens": 60, "max_steps": 2, "lr_scheduler_type": "constant"}
         if how == "ddp":
-            last = objective | {"layers": "last", "trainable": False, "space": "student"}
-            made["stages"] = [{"objective": o, "max_steps": 1} for o in (objective, last)]
+            made["stages"] = [{"objective": o, "max_steps": 1} for o in (objective, objective | through_head)]
             del made["objective"], made["max_steps"]
         return made
 

@@ -127,6 +127,10 @@ class BridgeConfig:
     """Where states are compared. `projections`: P_S h_S with P_T h_T, as published. `student`: h_S with the state that the
     student had there before training, its coordinates along the canonical directions moved to the teacher's [ours];
     without LoRA a frozen copy of the student is kept for it."""
+    loss: Literal["hidden", "reverse_kl"] = "hidden"
+    """`hidden`: squared distance of the states. `reverse_kl`, with space `student` and the last block: KL(student || target)
+    of what the student's LM head says of its state and what it said before training of the target, over the student's own
+    vocabulary, whatever the teacher's is [ours]; in nats, so a coefficient of 1 is usual."""
     rank: Literal["auto", "auto_shared", "full"] | Positive | tuple[Positive, ...] = "full"
     """`full`: all directions; best in the student's space [ours], where those left out keep the student's own mistakes.
     `auto`: for each block pair the largest r whose r-th held-out squared canonical correlation is at least 1/2;
@@ -137,7 +141,7 @@ class BridgeConfig:
     tokens: Tokens = "last_k"
     k: Positive | None = None
     normalization: Literal["none", "l2"] = "l2"
-    """`l2` divides each side by its norm first [code]."""
+    """`l2` divides each side by its norm first [code]. With loss `reverse_kl` it concerns the fit's held-out numbers alone."""
     trust: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """With space `student` and another tokenizer: a pair whose next token the student before training gave less than this
     probability is dropped. Whether a teacher's piece ends there hangs on what follows, and a digit that is written in place
@@ -161,6 +165,11 @@ class BridgeConfig:
             raise ConfigError(
                 "trainable and refit_every move the projections; with space 'student' nothing is projected. Drop them, or "
                 "set space=projections"
+            )
+        if self.loss == "reverse_kl" and (self.space, self.layers) != ("student", "last"):
+            raise ConfigError(
+                f"loss 'reverse_kl' looks at targets of the last block through the student's LM head; got space "
+                f"{self.space!r} and layers {self.layers!r}. Set space=student and layers=last, or loss=hidden"
             )
         if self.trainable and self.refit_every is not None:
             raise ConfigError("trainable and refit_every both move the projections; drop one of them")

@@ -3,11 +3,13 @@
     projections [paper]:  u = P_S (h_S - mean_S),  v = P_T (h_T - mean_T)  in R^r
                           loss_t = mean over pairs of blocks of (1/r) ||u/|u| - sg(v/|v|)||^2
     student [ours]:       h* = h_0 + A R (B (f(h_T) - mean_f) - C (h_0 - mean_S)),  h_0 the student's state before training
-                          loss_t = mean over pairs of blocks of (1/D_S) ||h_S/|h_S| - h*/|h*|||^2;  unpaired tokens keep h_0
+                          loss_t = mean over pairs of blocks of (1/D_S) ||h_S/|h_S| - h*/|h*|||^2
+                          or, in the last block, KL(head(h_S) || head_0(h*));  unpaired tokens keep h_0
 
 with the maps of a file that `oprd fit-bridge` wrote: C and B are the canonical directions of the two models, f the
 teacher's state with its features, A how the student's states move with its coordinates along C, R their
-held-out correlations. In the last block h* is moved on along A until the student's head is as sure as the teacher's.
+held-out correlations, head_0 the student's LM head before training. In the last block h* is moved on along A until
+head_0 is as sure as the teacher's head.
 """
 
 import math
@@ -26,8 +28,8 @@ from oprd.bridge.file import BridgeFile, Setting, check_setting, load_bridge
 from oprd.bridge.solve import Solution, auto_rank
 from oprd.config.objectives import BridgeConfig
 from oprd.errors import ConfigError
-from oprd.kernels.chunked import confidence, sampled_logprobs, sharpen
-from oprd.kernels.reference import hidden_mse, normalized_hidden_mse
+from oprd.kernels.chunked import confidence, head_divergence, sampled_logprobs, sharpen
+from oprd.kernels.reference import hidden_mse, normalized_hidden_mse, reverse_kl
 from oprd.objectives.base import Objective, token_selection
 from oprd.objectives.hidden import select_blocks
 from oprd.types import HiddenTargets, MicroBatch, Reading, Rollouts, States, Tally
@@ -38,12 +40,10 @@ SURE = 0.99
 
 @final
 class Bridge(Objective, nn.Module):
-    """Mean squared error in the shared space. A module, so that its tensors move, train and are stored with the
-    student; the maps are buffers, or with `trainable` the student's projections are parameters."""
+    """Distance in the shared space, or of next-token distributions there. A module, so that its tensors move, train and are
+    stored with the student; the maps are buffers, or with `trainable` the student's projections are parameters."""
 
-    name = "oprd_bridge"
     needs = HiddenTargets
-    uses_head = False
     across_shapes = True
     across_tokenizers = True
 
@@ -52,6 +52,8 @@ class Bridge(Objective, nn.Module):
         that it does not hold."""
         super().__init__()
         self.config = config
+        self.uses_head = config.loss == "reverse_kl"
+        self.name = "reverse_kl" if self.uses_head else "oprd_bridge"
         self.file = load_bridge(Path(config.bridge))
         self.tokens = token_selection(config.tokens, config.k)
         self.reduction = config.reduction
@@ -98,7 +100,8 @@ class Bridge(Objective, nn.Module):
 
     @property
     def teacher_head(self) -> bool:
-        return not self.in_projections and (self.config.sharpen or self.config.trust > 0)
+        """And of the student before training: to sharpen by, to trust by, or to compare with."""
+        return not self.in_projections and (self.uses_head or self.config.sharpen or self.config.trust > 0)
 
     def supervised(self, rollouts: Rollouts) -> tuple[int, ...]:
         """In the student's space every selected token: one without a partner keeps the state it had."""
@@ -115,6 +118,10 @@ class Bridge(Objective, nn.Module):
             v = [self.project("teacher", block, h) for block, h in zip(blocks, theirs, strict=True)]
         else:
             u, v = ours, self.wanted(student.batch, teacher)
+        if self.uses_head:
+            assert student.head is not None
+            nobody = torch.zeros(len(u[0]), dtype=torch.long, device=u[0].device)  # no token is singled out
+            return head_divergence(u[0], student.head, v[0], teacher.start_head, nobody, _of_distributions)
         return torch.stack(list(map(self._distance, u, v))).mean(0)
 
     def wanted(self, batch: MicroBatch, teacher: HiddenTargets) -> list[Float[Tensor, "N S"]]:
@@ -153,7 +160,7 @@ class Bridge(Objective, nn.Module):
         if not self._trusted:
             return ()
         trusted, self._trusted = torch.cat(self._trusted), []
-        return (Tally(name=f"train/{self.name}/trusted/share", total=float(trusted.sum()), of=float(len(trusted))),)
+        return (Tally(name="bridge/trusted/share", total=float(trusted.sum()), of=float(len(trusted))),)
 
     def edit(
         self, block: int, h_0: Float[Tensor, "N S"], h_t: Float[Tensor, "P T"], moved: Bool[Tensor, " N"]
@@ -220,6 +227,10 @@ class Bridge(Objective, nn.Module):
             setting=replace(self.file.setting, blocks=self.pairs),
             solutions=solutions,
         )
+
+
+def _of_distributions(student: Tensor, target: Tensor, _: Tensor) -> Tensor:
+    return reverse_kl(student, target)
 
 
 def bridge_pairs(config: BridgeConfig, student_blocks: int, teacher_blocks: int) -> tuple[tuple[int, int], ...]:

@@ -95,7 +95,7 @@ def check(recipe: Recipe, given: Given, *, world_size: int = 1) -> Checked:
         tokenizer,
         across_shapes=all(objective.across_shapes for objective in objectives),
         across_tokenizers=all(objective.across_tokenizers for objective in objectives),
-        uses_head=any(objective.uses_head for objective in objectives),
+        spans=any(reading.at == "spans" for objective in objectives for reading in objective.readings),
     )
     for objective in objectives:
         if isinstance(objective, Bridge):
@@ -137,9 +137,12 @@ def check_teachers(
     *,
     across_shapes: bool,
     across_tokenizers: bool,
-    uses_head: bool,
+    spans: bool,
 ) -> tuple[dict[str, PreTrainedTokenizerBase], dict[str, Likeness]]:
-    """Tokenizer of every teacher by its name and what it shares with the student, after checking that it is enough."""
+    """Tokenizer of every teacher by its name and what it shares with the student, after checking that it is enough.
+
+    `spans`: some objective compares probabilities of the text between two pairs.
+    """
     several = isinstance(recipe.teacher, SeveralTeachersConfig)
     tokenizers: dict[str, PreTrainedTokenizerBase] = {}
     likeness: dict[str, Likeness] = {}
@@ -166,7 +169,7 @@ def check_teachers(
             if not across_tokenizers:
                 raise
             same_tokens = False
-            if uses_head and recipe.rollout.updates_per_rollout > 1:
+            if spans and recipe.rollout.updates_per_rollout > 1:
                 raise ConfigError(
                     f"rollout.updates_per_rollout is {recipe.rollout.updates_per_rollout}, but teacher {member.model} has "
                     "another tokenizer: importance weights are taken by token, not by the span between two pairs. Set it to 1"
@@ -177,7 +180,7 @@ def check_teachers(
         same_shape = (shape.blocks, shape.width) == (theirs.blocks, theirs.width)
         likeness[name] = Likeness(shape=same_shape, tokens=same_tokens)
         if not same_tokens and member.alignment == "shared_ids":
-            _check_shared_ids(tokenizer, theirs, member.model, uses_head=uses_head)
+            _check_shared_ids(tokenizer, theirs, member.model, spans=spans)
         elif not same_tokens:
             aligner_between(tokenizer, tokenizers[name], None, member.model)
     if several and not all(one.tokens for one in likeness.values()):
@@ -188,7 +191,7 @@ def check_teachers(
     return tokenizers, likeness
 
 
-def _check_shared_ids(tokenizer: PreTrainedTokenizerBase, teacher: Shape, name: str, *, uses_head: bool) -> None:
+def _check_shared_ids(tokenizer: PreTrainedTokenizerBase, teacher: Shape, name: str, *, spans: bool) -> None:
     """Raise TeacherMismatch where the student's ids cannot even be looked up, or would be given probabilities."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= teacher.vocabulary:
@@ -196,7 +199,7 @@ def _check_shared_ids(tokenizer: PreTrainedTokenizerBase, teacher: Shape, name: 
             f"alignment 'shared_ids' feeds teacher {name} the student's ids, which go up to {largest}; its vocabulary has "
             f"{teacher.vocabulary} rows. Use alignment 'bytes'"
         )
-    if uses_head:
+    if spans:
         raise TeacherMismatch(
             f"alignment 'shared_ids': teacher {name} gives probabilities to tokens of its own vocabulary, which mean "
             "nothing for the student's. Use alignment 'bytes'"

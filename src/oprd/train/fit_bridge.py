@@ -136,7 +136,7 @@ def prepare_fit(recipe: Recipe, given: Given) -> Job:
     pairs = bridge_pairs(config, shape.blocks, theirs.blocks)
     tokenizer = given.tokenizer or load_tokenizer(recipe.student.model, recipe.student.gguf_file)
     tokenizers, likeness = check_teachers(
-        recipe, given, shape, tokenizer, across_shapes=True, across_tokenizers=True, uses_head=False
+        recipe, given, shape, tokenizer, across_shapes=True, across_tokenizers=True, spans=False
     )
     prompts = _fit_prompts(recipe, config, given, tokenizer, shape)
 
