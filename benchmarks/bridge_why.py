@@ -110,6 +110,8 @@ def main() -> None:
         "student's space, last block, not sharpened": ready(None, **ARMS["full_not_sharpened"]["bridge"]),
         "student's space, last block": ready(None, **ARMS["full"]["bridge"]),
         "student's space, last block, rank auto": ready(None, **ARMS["auto"]["bridge"]),
+        "reverse KL through the head": ready(None, **ARMS["full_reverse_kl"]["bridge"]),
+        "reverse KL through the head, rank auto": ready(None, **ARMS["auto_reverse_kl"]["bridge"]),
     }
     cosine = {name: round(float(gradient(run) @ reference), 4) for name, run in runs.items()}
     fits = {
