@@ -15,7 +15,7 @@ from torch import Tensor
 
 from oprd.config.objectives import OmniOPDConfig
 from oprd.data.chat import decode
-from oprd.data.collate import collate, rows_by_tokens
+from oprd.data.collate import collate_student, rows_by_tokens
 from oprd.errors import ServerError
 from oprd.kernels.chunked import head_divergence
 from oprd.kernels.reference import entropy, forward_kl, token_logprobs
@@ -227,12 +227,7 @@ class AuditTeacher(Teacher):
         return [seen[i] for i in range(len(rollouts))]
 
     def _look_at(self, rollouts: Rollouts, reading: Reading) -> list[Seen]:
-        batch = collate(
-            [prompt.token_ids for prompt in rollouts.prompts],
-            rollouts.completion_ids,
-            pad_id=self._lm.pad_id,
-            device=self._lm.device,
-        )
+        batch = collate_student(rollouts, pad_id=self._lm.pad_id, device=self._lm.device)
         start = None if self._start is None else self._start.targets(rollouts, [reading], head=True)
         ids = batch.sampled_ids(ALL)
 
