@@ -1,5 +1,7 @@
 """Why the bridge compares in the student's space: `python benchmarks/bridge_why.py`, ten minutes of a core.
 
+What benchmarks/results/bridge_why.json has already is not measured again.
+
 On the miniature at the start of training, on its completions of held-out problems, and with the bridges of `bridge.py`:
 
 - `gradient_cosine`: of each objective's gradient on the blocks' weights with that of the exact reverse KL to `teacher`, the
@@ -98,37 +100,44 @@ def next_tokens(run: Run, micro: Rollouts, row: int, right: dict[str, str]) -> l
 def main() -> None:
     write_jsonl(OUT / "train.jsonl", sums(TRAINING_PROBLEMS, seed=1, held_out=False))
     write_jsonl(OUT / "held_out.jsonl", sums(HELD_OUT_PROBLEMS, seed=2, held_out=True))
-    reference = gradient(ready({"type": "opd"}))
+    known = json.loads(RESULT.read_text()) if RESULT.is_file() else {"gradient_cosine": {}, "target": {}}
+    cosine, target = known["gradient_cosine"], known["target"]
     everywhere = {"rank": "full", "layers": "all", "fit": AS_PUBLISHED} | NOT_SHARPENED
-    runs = {
-        "oprd to the twin, all blocks": ready({"type": "oprd", "tokens": "all"}),
-        "oprd to the twin, last block": ready({"type": "oprd", "tokens": "all", "layers": "last"}),
-        "projections, all blocks [paper]": ready(None, **PUBLISHED),
-        "projections, last block": ready(None, **(PUBLISHED | {"layers": "last"})),
-        "student's space, all blocks, linear, all rows": ready(None, **everywhere),
-        "student's space, last block, linear, all rows": ready(None, **(everywhere | {"layers": "last"})),
-        "student's space, last block, not sharpened": ready(None, **ARMS["full_not_sharpened"]["bridge"]),
-        "student's space, last block": ready(None, **ARMS["full"]["bridge"]),
-        "student's space, last block, rank auto": ready(None, **ARMS["auto"]["bridge"]),
-        "reverse KL through the head": ready(None, **ARMS["full_reverse_kl"]["bridge"]),
-        "reverse KL through the head, rank auto": ready(None, **ARMS["auto_reverse_kl"]["bridge"]),
+    bridges = {
+        "projections, all blocks [paper]": PUBLISHED,
+        "projections, last block": PUBLISHED | {"layers": "last"},
+        "student's space, all blocks, linear, all rows": everywhere,
+        "student's space, last block, linear, all rows": everywhere | {"layers": "last"},
+        "student's space, last block, not sharpened": ARMS["full_not_sharpened"]["bridge"],
+        "student's space, last block": ARMS["full"]["bridge"],
+        "student's space, last block, rank auto": ARMS["auto"]["bridge"],
+        "student's space, last block, through the head": ARMS["full_reverse_kl"]["bridge"],
+        "student's space, last block, through the head, rank auto": ARMS["auto_reverse_kl"]["bridge"],
     }
-    cosine = {name: round(float(gradient(run) @ reference), 4) for name, run in runs.items()}
+    oprd = {"type": "oprd", "tokens": "all"}
+    twins = {"oprd to the twin, all blocks": oprd, "oprd to the twin, last block": oprd | {"layers": "last"}}
+    missing = [name for name in (*twins, *bridges) if name not in cosine]
+    reference = gradient(ready({"type": "opd"})) if missing else None
+    for name in missing:
+        run = ready(twins[name]) if name in twins else ready(None, **bridges[name])
+        cosine[name] = round(float(gradient(run) @ reference), 4)
     fits = {
         "linear, all rows": AS_PUBLISHED,
         "512 features, all rows": {"limit": FIT_PROMPTS, "confidence": 0.0},
         "linear, sure rows": {"limit": FIT_PROMPTS, "features": 0},
         "512 features, sure rows": {"limit": FIT_PROMPTS},
     }
-    target = {
-        f"{name}, rank {rank}": wrong_next_tokens(ready(None, rank=rank, fit=fit, sharpen=False))
+    targets = {
+        f"{name}, rank {rank}": {"rank": rank, "fit": fit} | NOT_SHARPENED
         for name, fit in fits.items()
         for rank in ("full", 8, 32)
     }
-    target |= {
-        f"512 features, sure rows, sharpened, rank {rank}": wrong_next_tokens(ready(None, rank=rank))
-        for rank in ("full", "auto", 2, 8, 32)
+    targets |= {
+        f"512 features, sure rows, sharpened, rank {rank}": {"rank": rank} for rank in ("full", "auto", 2, 8, 32)
     }
+    for name, bridge in targets.items():
+        if name not in target:
+            target[name] = wrong_next_tokens(ready(None, **bridge))
     result = {"gradient_cosine": cosine, "target": target, **describe_machine()}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: result[key] for key in ("gradient_cosine", "target")}, indent=1))
