@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from oprd.data.chat import render
-from oprd.demo.task import completion, sums, wrong_completion
+from oprd.demo.task import Sum, completion, sums, wrong_completion
 from oprd.types import Message
 
 FOLDER = Path(__file__).parents[1] / "src/oprd/demo/models"
@@ -139,10 +139,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
 def demonstrations(seed: int, wrong_share: float) -> list[Turns]:
     """A batch of worked problems, some of them with a slip."""
     rng = random.Random(seed)
-    return [
-        (problem.problem, wrong_completion(problem, rng) if rng.random() < wrong_share else completion(problem))
-        for problem in sums(BATCH, seed, held_out=False)
-    ]
+    return [(problem.problem, worked(problem, wrong_share, rng)) for problem in sums(BATCH, seed, held_out=False)]
+
+
+def worked(problem: Sum, wrong_share: float, rng: random.Random) -> str:
+    """With a slip in that share of the cases."""
+    return wrong_completion(problem, rng) if rng.random() < wrong_share else completion(problem)
 
 
 def with_slips(seed: int) -> list[Turns]:

@@ -10,11 +10,11 @@ import random
 from pathlib import Path
 
 import torch
-from make_demo_models import BATCH, BatchedMuon, Turns, batch_of, measure, train
+from make_demo_models import BATCH, BatchedMuon, Turns, batch_of, measure, train, worked
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oprd.demo.run import MODELS
-from oprd.demo.task import Sum, completion, sums, wrong_completion
+from oprd.demo.task import Sum, completion, sums
 
 OUT = Path(__file__).parents[1] / "runs" / "verbose"
 REPEATED, WRONG_SHARE = 0.9, 0.15
@@ -22,10 +22,6 @@ STUDENT_STEPS, TEACHER_STEPS = 300, 2000
 """The teacher forgets how to solve and has to learn it again: avg@4 0.446 after 700 steps, 0.185 at a third of the rate."""
 STUDENT_SEED, TEACHER_SEED = 10_000, 20_000
 LONGEST = 128
-
-
-def worked(problem: Sum, wrong_share: float, rng: random.Random) -> str:
-    return wrong_completion(problem, rng) if rng.random() < wrong_share else completion(problem)
 
 
 def verbose(brief: str, rng: random.Random) -> str:

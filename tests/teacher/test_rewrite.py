@@ -57,6 +57,19 @@ def rollouts(tokenizer, texts: list[str]) -> Rollouts:
     return Rollouts(prompts=prompts, completion_ids=ids, finished=(True,) * len(texts))
 
 
+def rewriting(writer: Scripted, judge, tokenizer, **config) -> RewritingTeacher:
+    """A teacher that gives text only."""
+    return RewritingTeacher(
+        config=RewritingTeacherConfig(teacher=None, **config),
+        writer=writer,
+        judge=judge,
+        tokenizer=tokenizer,
+        stop=tokenizer.eos_token_id,
+        local=None,
+        max_tokens=80,
+    )
+
+
 def told(teacher) -> dict[str, float]:
     return {t.name: t.total if t.of is None else t.total / max(t.of, 1) for t in teacher.tallies()}
 
@@ -78,15 +91,7 @@ def test_a_rewriting_is_learned_on_only_if_it_is_whole_shorter_and_ends_in_the_s
             said("\\boxed{40}"),  # kept: the answer of the student, though it is wrong
         ]
     )
-    teacher = RewritingTeacher(
-        config=RewritingTeacherConfig(teacher=None),
-        writer=writer,
-        judge=judge,
-        tokenizer=tokenizer,
-        stop=tokenizer.eos_token_id,
-        local=None,
-        max_tokens=80,
-    )
+    teacher = rewriting(writer, judge, tokenizer)
     after = teacher.prepare(before)
     reasons = [answer.reason if answer is not None else None for answer in after.answers]
     assert reasons == [None, "no_reply", "empty", "unfinished", "not_shorter", "other_answer", "no_answer", None]
@@ -106,16 +111,7 @@ def test_a_rewriting_is_learned_on_only_if_it_is_whole_shorter_and_ends_in_the_s
 def test_the_rewriting_teacher_sees_the_problem_and_the_completion(judge):
     tokenizer = load_miniature("teacher").tokenizer
     writer = Scripted([said("\\boxed{41}")])
-    config = RewritingTeacherConfig(teacher=None, rewrite_prompt="{prompt} | {completion}", sampling_temperature=0.3)
-    teacher = RewritingTeacher(
-        config=config,
-        writer=writer,
-        judge=judge,
-        tokenizer=tokenizer,
-        stop=tokenizer.eos_token_id,
-        local=None,
-        max_tokens=80,
-    )
+    teacher = rewriting(writer, judge, tokenizer, rewrite_prompt="{prompt} | {completion}", sampling_temperature=0.3)
     teacher.prepare(rollouts(tokenizer, ["46, \\boxed{41}"]))
     (ask,) = writer.asked
     assert ask.messages == (Message(role="user", content="12+34-5 | 46, \\boxed{41}"),)
@@ -129,15 +125,7 @@ def test_a_cut_completion_keeps_its_cut_unless_the_teacher_ends_it(judge):
     whole = rollouts(tokenizer, texts)
     cut = replace(whole, completion_ids=tuple(ids[:-1] for ids in whole.completion_ids), finished=(False, False))
     writer = Scripted([said("12+34=46"), said("46-5=41\n\\boxed{41}")])
-    teacher = RewritingTeacher(
-        config=RewritingTeacherConfig(teacher=None),
-        writer=writer,
-        judge=judge,
-        tokenizer=tokenizer,
-        stop=tokenizer.eos_token_id,
-        local=None,
-        max_tokens=80,
-    )
+    teacher = rewriting(writer, judge, tokenizer)
     after = teacher.prepare(cut)
     assert [decode(tokenizer, ids, special=True) for ids in after.completion_ids] == [
         texts[0],
