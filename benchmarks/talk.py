@@ -1,12 +1,13 @@
 """Teachers that only talk, on the miniature: OmniOPD, its parts, what else the same teacher can be used for, and MPD.
 
     make serve-miniature &
-    python benchmarks/talk.py --base-url http://127.0.0.1:8411/v1 --seeds 0 1 2 omni omni-random sampled sequence
+    python benchmarks/talk.py omni omni-random sampled sequence --base-url http://127.0.0.1:8411/v1 --seeds 0 1 2
     python scripts/make_verbose_models.py student teacher
-    python benchmarks/talk.py --seeds 0 1 2 opd-verbose mpd mpd-nll
+    python benchmarks/talk.py opd-verbose mpd mpd-nll --seeds 0 1 2
     python benchmarks/talk.py --table
 
-Each run's line is added to benchmarks/results/talk.json; a variant and seed that is there already is not run again.
+Each run's line is added to benchmarks/results/talk.json; a variant and seed that is there already, with the teacher in the
+same place, is not run again.
 MPD's pair of models is that of scripts/make_verbose_models.py; for its text-only variants on a server, start that with
 `make serve-miniature MODEL=runs/verbose/teacher`.
 """
@@ -129,11 +130,15 @@ def main() -> None:
     if given.table:
         print(table(read_runs(given.out)))
         return
+    if not given.variants:
+        parser.error(f"name at least one variant: {', '.join(VARIANTS)}")
     torch.set_num_threads(1)
     for seed in given.seeds:
         for name in given.variants:
-            asked = (name, seed, given.changes)
-            if any((row["variant"], row["seed"], row["changes"]) == asked for row in read_runs(given.out)):
+            asked = (name, seed, given.changes, given.base_url is not None)
+            if any(
+                (row["variant"], row["seed"], row["changes"], row["server"]) == asked for row in read_runs(given.out)
+            ):
                 continue
             row = run(name, seed, given.base_url, given.changes)
             print(json.dumps(row), flush=True)
@@ -149,18 +154,17 @@ def read_runs(file: Path) -> list[dict[str, Any]]:
 def table(runs: list[dict[str, Any]]) -> str:
     """avg@4 and length at the end, mean over seeds and of every seed; what the teacher wrote or read, in a thousand tokens."""
     lines = [
-        "| | avg@4 | of seeds | mean length | of seeds | teacher's tokens (thousands) |",
-        "|---|---|---|---|---|---|",
+        "| | teacher | avg@4 | of seeds | mean length | of seeds | teacher's tokens (thousands) |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name in dict.fromkeys(row["variant"] for row in runs):
-        found = sorted((row for row in runs if row["variant"] == name and not row["changes"]), key=lambda r: r["seed"])
-        if not found:
-            continue
+    unchanged = sorted((row for row in runs if not row["changes"]), key=lambda row: row["seed"])
+    for name, server in dict.fromkeys((row["variant"], row["server"]) for row in unchanged):
+        found = [row for row in unchanged if (row["variant"], row["server"]) == (name, server)]
         accuracies = [row["avg_at_4"][max(row["avg_at_4"], key=int)][0] for row in found]
         lengths = [row["length"][max(row["length"], key=int)] for row in found]
         tokens = statistics.mean(row["teacher_tokens"] for row in found) / 1000
         lines.append(
-            f"| `{name}` | {statistics.mean(accuracies):.3f} | {', '.join(f'{x:.3f}' for x in accuracies)} "
+            f"| `{name}` | {'served' if server else 'in process'} | {statistics.mean(accuracies):.3f} | {', '.join(f'{x:.3f}' for x in accuracies)} "
             f"| {statistics.mean(lengths):.1f} | {', '.join(f'{x:.1f}' for x in lengths)} | {tokens:.0f} |"
         )
     return "\n".join(lines)
