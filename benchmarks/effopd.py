@@ -32,7 +32,7 @@ RUNS = ROOT / "runs" / "effopd"
 RESULTS = ROOT / "benchmarks" / "results" / "effopd.json"
 FIGURE = ROOT / "docs" / "fewer_steps.svg"
 STEPS, EVERY = 100, 10
-PLAIN_STEPS = {"2.5e-5": 240, "1.25e-5": 200}
+PLAIN_STEPS = {"2.5e-5": 240, "1.25e-5": 240}
 """Of plain runs at a learning rate at which 100 steps lead nowhere."""
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "oprd": {"type": "oprd", "tokens": "all"},
@@ -69,6 +69,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "growing": {"rollout": {"length_schedule": {"type": "linear", "start": 8, "steps": 80}}},
     # as many tokens supervised as in short16, behind whole rollouts
     "first16": {"objective": {"tokens": "first_k", "k": 16}},
+    # four updates with each rollout
+    "stale4": {"rollout": {"updates_per_rollout": 4}},
 }
 
 
@@ -165,25 +167,35 @@ def summarize(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
         setting = f"{parts.objective}-{parts.learning_rate}-{parts.completions}"
         by_setting.setdefault(setting, {}).setdefault(parts.variant, []).append(arm)
     table: dict[str, Any] = {}
-    for setting, searches in by_setting.items():
-        if "plain" not in searches:
+    for setting, variants in by_setting.items():
+        if "plain" not in variants:
             continue
-        _, plain = curve(searches["plain"], "step")
-        level = plain[0] + 0.9 * (plain[-1] - plain[0])
+        level = most_of_the_gain(variants["plain"])
         table[setting] = {"level": round(level, 4)} | {
-            search: {
+            variant: {
                 "seeds": len(found),
                 "final_accuracy": round(curve(found, "step")[1][-1], 4),
+                "final_of_seeds": [arm["accuracy"][-1] for arm in found],
                 "search_seconds": round(sum(a["search_seconds"] for a in found) / len(found), 1),
                 "seconds": round(curve(found, "seconds")[0][-1], 1),
                 **{
                     f"{against}_to_90": rounded(first_reaching(*curve(found, against), level))
                     for against in ("step", "seconds", "generated_tokens")
                 },
+                "steps_to_90_of_seeds": [
+                    rounded(first_reaching(*curve([arm], "step"), most_of_the_gain([plain])))
+                    for plain, arm in zip(variants["plain"], found, strict=False)
+                ],
             }
-            for search, found in searches.items()
+            for variant, found in variants.items()
         }
     return table
+
+
+def most_of_the_gain(plain: list[dict[str, Any]]) -> float:
+    """The accuracy at which 90% of the plain runs' gain is reached."""
+    _, accuracy = curve(plain, "step")
+    return accuracy[0] + 0.9 * (accuracy[-1] - accuracy[0])
 
 
 def rounded(value: float | None) -> float | None:
