@@ -54,6 +54,7 @@ VERBOSE_VARIANTS: dict[str, dict[str, Any]] = {
     "mpd-forward-kl": {"objective": OPD | {"divergence": "forward_kl"}, "writes": REWRITES},
     "mpd-and-nll": {"objective": {"type": "mixture", "terms": [OPD, NLL]}, "writes": REWRITES},
     "mpd-nll": {"objective": NLL, "writes": REWRITES},
+    "mpd-nll-correct": {"objective": NLL, "writes": REWRITES | {"only_correct": True}},
 }
 LONGER = {"max_completion_length": 128}
 VARIANTS |= {

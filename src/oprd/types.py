@@ -223,12 +223,20 @@ class Tally:
     of: float | None = None
 
 
+LAST_K = 2000
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSelection:
     """Which sampled tokens of a completion are supervised. k is cut to the completion's length."""
 
     keep: Literal["all", "first_k", "last_k", "last"]
     k: int = 0
+
+    @classmethod
+    def of(cls, tokens: Literal["all", "first_k", "last_k", "last"], k: int | None) -> "TokenSelection":
+        """The selection a config asks for; k is 2000 unless given [paper]."""
+        return cls(keep=tokens, k=(k or LAST_K) if tokens.endswith("_k") else 0)
 
     def span(self, length: int) -> tuple[int, int]:
         """Half-open range of supervised tokens in a completion of `length` tokens."""
@@ -417,7 +425,7 @@ class TopKTargets:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkTargets:
-    """OmniOPD: how much each token is to be reinforced, and the student as it was."""
+    """OmniOPD: how much each token is to be reinforced, N as in SampledTargets, and the student as it was."""
 
     audited: Bool[Tensor, " N"]
     scores: Float[Tensor, " N"]

@@ -1,5 +1,7 @@
 """OmniOPD's loss and the likelihood of the teacher's text."""
 
+from dataclasses import replace
+
 import torch
 from torch.testing import assert_close
 
@@ -85,6 +87,40 @@ def test_without_an_anchor_nothing_outside_the_chunks_gets_gradient():
     value.sum().backward()
     assert_close(value, torch.zeros(N))
     assert_close(student.hidden[READING].grad, torch.zeros(N, D))
+
+
+def test_omni_on_stale_completions_weighs_what_it_reinforces_and_nothing_else():
+    student, start = states(0), states(1)
+    then = ((-3.0, -1.0, -9.0), (-2.0, -2.0))
+    stale = replace(student, batch=replace(BATCH, logprobs=then))
+    audited = torch.tensor([False, True, True, False, False])
+    scores = torch.tensor([0.0, 0.6, -0.4, 0.0, 0.0])
+    targets = ChunkTargets(audited=audited, scores=scores, start=HiddenTargets(hidden=start.hidden, head=start.head))
+    objective = OmniOPD(OmniOPDConfig(), blocks=2, vocabulary=V)
+    now = logprobs(student).gather(-1, torch.tensor([3, 1, 4, 1, 5])[:, None])[:, 0].detach()
+    weights = (now - torch.tensor([x for row in then for x in row])).exp().clamp(max=2.0)
+    assert float(weights[2]) == 2.0
+    fresh = objective.per_token(student, targets)
+    assert objective.tallies() == ()
+    assert_close(objective.per_token(stale, targets), torch.where(audited, weights * fresh, fresh))
+    (tally,) = objective.tallies()
+    assert (tally.name, tally.of) == ("train/omni_opd/clipped/share", 5.0)
+
+
+def test_omni_and_the_likelihood_supervise_the_first_tokens_alone_when_asked():
+    audited = torch.tensor([True, True, False, False, True])
+    scores = torch.tensor([0.5, 0.6, 0.0, 0.0, 0.7])
+    for make, config, targets in (
+        (OmniOPD, OmniOPDConfig, ChunkTargets(audited=audited, scores=scores, start=None)),
+        (RewrittenNLL, RewrittenConfig, TextTargets()),
+    ):
+        whole = make(config(), blocks=2, vocabulary=V)
+        first = make(config(tokens="first_k", k=1), blocks=2, vocabulary=V)
+        (reading,) = first.readings
+        every = states(0)
+        part = States(hidden={reading: every.hidden[READING][[0, 3]]}, head=every.head, batch=BATCH)
+        assert_close(first.per_token(part, targets), whole.per_token(every, targets)[[0, 3]])
+        assert first.supervised(rollouts()) == (1, 1)
 
 
 def test_the_likelihood_of_the_teachers_text_leaves_out_what_it_did_not_write():

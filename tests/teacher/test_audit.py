@@ -194,6 +194,16 @@ def test_random_chunks_are_the_same_on_every_start_and_differ_from_the_audited(t
     assert [a.starts for a in one.answers] != [a.starts for a in chosen.answers]
 
 
+@pytest.mark.parametrize("audit", ["entropy", "random"])
+def test_with_first_k_no_chunk_reaches_beyond(audit, tmp_path, train_file):
+    _, writer, before, after = audited(tmp_path, train_file, audit=audit, tokens="first_k", k=11)
+    assert max(before.lengths) > 16
+    starts = [start for answer in after.answers for start in answer.starts]
+    assert starts
+    assert max(starts) <= 11 - 5
+    assert len(starts) == sum(map(len, writer.asked))
+
+
 def test_the_anchor_is_the_student_at_start_however_far_it_has_moved(tmp_path, train_file):
     run, _, before, _ = audited(tmp_path, train_file)
     assert told(run)["omni/anchor_kl/mean"] == pytest.approx(0.0, abs=1e-6)

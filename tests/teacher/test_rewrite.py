@@ -10,6 +10,7 @@ from oprd.config.models import RewritingTeacherConfig, SequenceTeacherConfig
 from oprd.config.objectives import OutputKLConfig, RewrittenConfig
 from oprd.config.reading import parse_recipe
 from oprd.data.chat import decode
+from oprd.errors import DataError
 from oprd.objectives import build_objectives
 from oprd.teacher.rewrite import RewritingTeacher, SequenceTeacher
 from oprd.teacher.writer import Writer, Written
@@ -74,38 +75,51 @@ def told(teacher) -> dict[str, float]:
     return {t.name: t.total if t.of is None else t.total / max(t.of, 1) for t in teacher.tallies()}
 
 
-def test_a_rewriting_is_learned_on_only_if_it_is_whole_shorter_and_ends_in_the_same_answer(judge):
+def test_a_rewriting_is_learned_on_only_if_it_is_whole_no_longer_and_ends_in_the_same_answer(judge):
     tokenizer = load_miniature("teacher").tokenizer
     long = "12+34=46, again 46\n46-5=41\n\\boxed{41}"
     wrong = "12+34=46, again 46\n46-5=40\n\\boxed{40}"
-    before = rollouts(tokenizer, [long, long, long, long, long, long, "no answer here, only talk", wrong])
+    before = rollouts(tokenizer, [long, long, long, long, long, long, "no answer here, only talk", wrong, long])
     writer = Scripted(
         [
             said(" 46-5=41\n\\boxed{41.0} "),  # kept: 41.0 is 41
             None,
             said("  "),
             said("\\boxed{41}", finished=False),
-            said(long),
+            said(long + "\n\\boxed{41}"),
             said("\\boxed{42}"),
             said("\\boxed{41}"),
             said("\\boxed{40}"),  # kept: the answer of the student, though it is wrong
+            said(long),  # kept: nothing was left to leave out
         ]
     )
     teacher = rewriting(writer, judge, tokenizer)
     after = teacher.prepare(before)
     reasons = [answer.reason if answer is not None else None for answer in after.answers]
-    assert reasons == [None, "no_reply", "empty", "unfinished", "not_shorter", "other_answer", "no_answer", None]
+    assert reasons == [None, "no_reply", "empty", "unfinished", "longer", "other_answer", "no_answer", None, None]
     texts = [decode(tokenizer, ids, special=True) for ids in after.completion_ids]
     assert texts[0] == "46-5=41\n\\boxed{41.0}<|end|>"
     assert texts[7] == "\\boxed{40}<|end|>"
     assert after.completion_ids[1:7] == before.completion_ids[1:7]
     numbers = told(teacher)
-    assert numbers["rewrite/kept/share"] == 2 / 8
-    assert numbers["rollout/accuracy/share"] == 6 / 8
+    assert numbers["rewrite/kept/share"] == 3 / 9
+    assert numbers["rollout/accuracy/share"] == 7 / 9
     assert all(numbers[f"rewrite/{reason}/sum"] == 1 for reason in reasons if reason is not None)
     assert numbers["rewrite/length/mean"] < numbers["rewrite/replaced_length/mean"]
     (objective,) = build_objectives(RewrittenConfig(), blocks=4, vocabulary=262)
-    assert objective.divisor(after) == len(after.completion_ids[0]) + len(after.completion_ids[7])
+    assert objective.divisor(after) == sum(len(after.completion_ids[i]) for i in (0, 7, 8))
+
+
+def test_with_only_correct_a_rewriting_of_a_wrong_completion_is_not_learned_on(judge):
+    tokenizer = load_miniature("teacher").tokenizer
+    before = rollouts(tokenizer, ["12+34=46\n46-5=41\n\\boxed{41}", "12+34=46\n46-5=40\n\\boxed{40}"])
+    teacher = rewriting(Scripted([said("\\boxed{41}"), said("\\boxed{40}")]), judge, tokenizer, only_correct=True)
+    after = teacher.prepare(before)
+    assert [answer and answer.reason for answer in after.answers] == [None, "wrong_answer"]
+    assert after.completion_ids[1] == before.completion_ids[1]
+    assert told(teacher)["rewrite/wrong_answer/sum"] == 1
+    with pytest.raises(DataError, match=r"row 3 has no answer, which teacher\.only_correct needs"):
+        teacher.check_prompt(replace(before.prompts[0], row=3, answer=None))
 
 
 def test_the_rewriting_teacher_sees_the_problem_and_the_completion(judge):
@@ -177,7 +191,7 @@ def test_a_white_box_rewriter_gives_every_estimator_of_the_kl_family(objective, 
     run_recipe(parse_recipe(tree))
     (row,) = steps(tmp_path / "run")
     assert 0 <= row["rollout/accuracy/share"] <= 1
-    reasons = ("no_reply", "empty", "unfinished", "not_shorter", "no_answer", "other_answer")
+    reasons = ("no_reply", "empty", "unfinished", "longer", "no_answer", "other_answer", "wrong_answer")
     rejected = sum(row[f"rewrite/{reason}/sum"] for reason in reasons)
     assert rejected + row["rewrite/kept/share"] * 8 == 8
     assert row["health/top_16_overlap/mean"] > 0

@@ -177,6 +177,19 @@ def test_without_accept_ties_an_equal_score_is_not_enough():
     assert search(EffOPDConfig(accept_ties=False), scripted(0.4, 0.41, 0.41)).accepted == 2
 
 
+@pytest.mark.parametrize("samples", [3, 5, 10])
+def test_as_many_right_answers_on_other_prompts_are_a_tie(samples):
+    draw = torch.Generator().manual_seed(samples)
+    right = torch.randint(0, samples + 1, (50,), generator=draw)
+    for _ in range(50):
+        again = right[torch.randperm(50, generator=draw)]
+        both = [tuple((x / samples).tolist()) for x in (right.double(), again.double())]
+        for config, accepted in ((ALWAYS, 2.0), (EffOPDConfig(accept_ties=False), 0.0)):
+            left = [*both, (0.0,) * 50]
+            found = search(config, lambda _, left=left: Scores(values=left.pop(0), tokens=0))
+            assert found.accepted == accepted
+
+
 def test_the_paired_test_by_hand():
     # four prompts each better by 1: of the 16 choices of signs one is as good, p = 1/16
     assert paired_p_value((0,) * 4, (1,) * 4) == pytest.approx(1 / 16, abs=0.01)
@@ -230,8 +243,8 @@ def test_processes_that_decide_differently_stop_the_run(by_hand):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"triggers": "every_n"}, "every is None; it is needed with triggers every_n"),
-        ({"every": 3}, "every is 3"),
+        ({"triggers": "every_n"}, r"triggers='every_n' needs extrapolation\.every"),
+        ({"every": 3}, r"extrapolation\.every=3 has no meaning"),
         ({"settled_cosine": 0.5}, "settled_cosine has no meaning"),
         ({"level": 0.1}, "level has no meaning"),
         ({"accept": "paired", "accept_ties": False}, "accept_ties has no meaning"),
@@ -304,6 +317,41 @@ def test_the_engine_writes_with_the_accepted_weights(tmp_path, train_file):
     assert written[2] != written[0]
 
 
+def test_scoring_leaves_no_count_behind_and_draws_alike_for_every_candidate(tmp_path, train_file):
+    objective = {"type": "opd", "estimator": "sampled", "redraw": True}
+    effopd = {"validation_prompts": 8, "score": "objective"}
+    run = build(parse_recipe(miniature_recipe(tmp_path, train_file, objective=objective, extrapolation=effopd)))
+    config = run.extrapolation.config
+    torch.manual_seed(1)
+    state = torch.random.get_rng_state()
+    one, two = (validate(run, config, None, SAMPLING, 1) for _ in range(2))
+    assert one == two
+    assert torch.equal(torch.random.get_rng_state(), state)
+    counting = run.objectives[0]
+    counting.tallies = lambda: drained.append(1) or ()
+    drained: list[int] = []
+    validate(run, config, None, SAMPLING, 1)
+    assert drained == [1]
+
+
+def test_accuracy_is_scored_on_whole_completions_whatever_the_schedule_allows_yet(tmp_path, train_file):
+    rollout = {
+        "group_size": 1,
+        "max_completion_length": 48,
+        "length_schedule": {"type": "linear", "start": 4, "steps": 9},
+    }
+    tokens = {}
+    for score in ("accuracy", "objective"):
+        effopd = {"validation_prompts": 8, "score": score, "factors": [2.0]}
+        run_recipe(parse_recipe(miniature_recipe(
+            tmp_path / score, train_file, rollout=rollout, extrapolation=effopd, max_steps=1, learning_rate=1e-5
+        )))  # fmt: skip
+        (found,) = searches(tmp_path / score)
+        tokens[score] = found["tokens"] / 2 / 8
+    assert tokens["accuracy"] > 20
+    assert tokens["objective"] == 4  # where it is trained: the cut prefixes
+
+
 # Runs
 
 
@@ -368,7 +416,7 @@ Path(sys.argv[1]).with_name(f"rank-{run.accelerator.process_index}.json").write_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("how", ["ddp", "fsdp2", "fsdp2 in one piece"])
 def test_two_processes_take_the_same_decision(how, tmp_path, train_file):
     given = tmp_path / "given.jsonl"
     rows = [json.loads(line) for line in train_file.read_text().splitlines()]
@@ -377,7 +425,9 @@ def test_two_processes_take_the_same_decision(how, tmp_path, train_file):
     tree = small_run(tmp_path / "run", given, rollout=rollout) | {"max_steps": 2}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
     # as in test_update: FSDP2's state where accelerate would put it on a GPU
-    preamble = SHARDED.partition("from oprd.cli")[0] if how == "fsdp2" else ""
+    preamble = SHARDED.partition("from oprd.cli")[0] if how != "ddp" else ""
+    if how == "fsdp2 in one piece":  # weights stay gathered after a forward pass
+        preamble = preamble.replace("transformer_based_wrap", "no_wrap")
     (tmp_path / "witness.py").write_text(preamble + WITNESS)
     options = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port=0"]
@@ -393,7 +443,7 @@ def test_two_processes_take_the_same_decision(how, tmp_path, train_file):
     assert one["weights"] == two["weights"]
     found = searches(tmp_path / "run")
     assert any(row["accepted"] for row in found)
-    if how == "fsdp2":  # only shards are held; and every process scores all prompts, as one process alone does
+    if how != "ddp":  # only shards are held; and every process scores all prompts, as one process alone does
         assert one["snapshot"] + two["snapshot"] == one["trained"]
         run_recipe(parse_recipe(tree | {"output_dir": str(tmp_path / "alone")}))
         for ours, theirs in zip(found, searches(tmp_path / "alone"), strict=True):

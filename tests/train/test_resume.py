@@ -18,6 +18,7 @@ from conftest import miniature_recipe
 from oprd.config.reading import parse_recipe
 from oprd.errors import Interrupted, RunFolderError
 from oprd.train import checkpoint
+from oprd.train.checkpoint import load_weights
 from oprd.train.run import run_recipe
 
 MACHINE = ("time/", "memory/")
@@ -129,6 +130,27 @@ def test_ctrl_c_on_the_command_line_leaves_a_run_that_resumes(tree, tmp_path):
     assert "Traceback" not in told
     (saved,) = checkpoint.complete_checkpoints(tmp_path / "run" / "checkpoints")
     assert int(saved.name[5:]) == len(metrics(tmp_path / "run"))
+
+
+def test_a_checkpoint_holds_what_an_earlier_stage_trained_and_this_one_does_not(tmp_path, train_file):
+    stages = [
+        {"objective": {"type": "oprd", "tokens": "all"}, "max_steps": 2},
+        {"objective": {"type": "oprd", "tokens": "all", "layers": [2]}, "max_steps": 2},
+    ]
+    tree = miniature_recipe(tmp_path / "whole", train_file, stages=stages)
+    tree = {key: value for key, value in tree.items() if key not in ("objective", "max_steps")} | {"save_steps": 1}
+    tree |= {"save_total_limit": 4}
+    run_recipe(parse_recipe(tree))
+    before = metrics(tmp_path / "whole")
+    final = weights(tmp_path / "whole")
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-000003"
+    early = checkpoint.with_name("step-000001")
+    assert load_weights(early).keys() == load_weights(checkpoint).keys()
+    (tmp_path / "whole" / "result.json").unlink()
+    run_recipe(parse_recipe(tree | {"resume_from_checkpoint": str(checkpoint)}))
+    assert metrics(tmp_path / "whole") == before
+    for name, value in weights(tmp_path / "whole").items():
+        assert torch.equal(value, final[name]), name
 
 
 def test_an_incomplete_checkpoint_is_never_picked_up(tmp_path):

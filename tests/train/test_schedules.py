@@ -108,6 +108,8 @@ def test_a_step_makes_its_updates_and_resumes_exactly(objective, tmp_path, train
     rows = metrics(tmp_path / "whole")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(("train/reverse_kl/clipped/share" in row) == (objective is SAMPLED) for row in rows)
+    if objective is SAMPLED:  # weights other than one, which they would be were the log-probabilities taken anew
+        assert any(row["train/reverse_kl/clipped/share"] > 0 for row in rows)
     # 9 updates in all, three of them a step: the rate falls by a third a step
     assert [row["train/learning_rate"] for row in rows] == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
     real = loop._save

@@ -128,6 +128,18 @@ def test_non_finite_steps_are_skipped_and_counted_and_stop_the_run(tmp_path, tra
     assert [row["train/skipped_steps/total"] for row in rows] == [1, 2]
 
 
+def test_a_step_of_several_updates_that_cannot_be_made_is_one_skipped_step(tmp_path, train_file):
+    rollout = {"group_size": 2, "max_completion_length": 48, "updates_per_rollout": 3}
+    tree = miniature_recipe(tmp_path / "run", train_file, max_skipped_steps=2, health_tokens=0, rollout=rollout)
+    run = build(parse_recipe(tree))
+    with torch.no_grad():
+        run.teacher.lm.model.model.layers[2].mlp.down_proj.weight[0, 0] = torch.inf
+    with pytest.raises(TrainingStopped, match=r"2 steps in a row .* the last is step 2"):
+        train(run)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["train/skipped_steps/total"] for row in rows] == [1, 2]
+
+
 # Two processes against one, over the command line
 
 
@@ -264,7 +276,7 @@ def test_two_processes_are_told_by_their_teachers_and_add_up(how, which, tmp_pat
             assert row["omni/teacher_tokens/mean"] > 0
             assert row["train/grad_norm"] > 0
         else:
-            reasons = ("no_reply", "empty", "unfinished", "not_shorter", "no_answer", "other_answer")
+            reasons = ("no_reply", "empty", "unfinished", "longer", "no_answer", "other_answer", "wrong_answer")
             rejected = sum(row[f"rewrite/{reason}/sum"] for reason in reasons)
             assert rejected + row["rewrite/kept/share"] * 8 == pytest.approx(8)  # of both processes
     if which == "omni":

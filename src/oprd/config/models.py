@@ -162,7 +162,7 @@ REWRITE_PROMPT = (
 class RewritingTeacherConfig:
     """MPD: the teacher rewrites the student's completion, and the student learns on the rewritten one.
 
-    A rewriting is kept if it is not empty, finished, shorter and ends in the same final answer. Otherwise the student
+    A rewriting is kept if it is not empty, finished, no longer and ends in the same final answer. Otherwise the student
     learns on its own completion if the teacher is local, and not at all on this one if the teacher gives text only.
     """
 
@@ -173,6 +173,9 @@ class RewritingTeacherConfig:
     """The user message; `{prompt}`, `{completion}` and the dataset's columns are filled in. Ours: none was published."""
     sampling_temperature: Annotated[float, Field(ge=0, le=10)] = 0.7
     """0 is greedy. Ours."""
+    only_correct: bool = False
+    """Keep rewritings of completions that end in the dataset's answer alone [ours]. A teacher that gives text only says nothing
+    else about right and wrong: learning on rewritten mistakes, the student drifts ever further into its own."""
 
     def __post_init__(self) -> None:
         if "{completion}" not in self.rewrite_prompt:

@@ -204,9 +204,13 @@ class OmniOPDConfig:
     baseline: Literal["none", "batch_mean", "leave_one_out"] = "batch_mean"
     """Subtracted from the targets: nothing (as published), their mean over the step, or their mean over the prompt's
     other completions [ours]. Without one the loss only ever reinforces, and the miniature lost accuracy."""
+    tokens: Literal["all", "first_k"] = "all"
+    """With first_k chunks and anchor keep to the first k sampled tokens [ours]."""
+    k: Positive | None = None
     coefficient: Coefficient = 1.0
 
     def __post_init__(self) -> None:
+        _check_k(self.tokens, self.k)
         if (self.embedding_model is None) != (self.similarity == "edit"):
             raise ConfigError("give embedding_model with similarity 'embedding', and only then")
 
@@ -217,8 +221,13 @@ class RewrittenConfig:
 
     __pydantic_config__ = PYDANTIC
     type: Literal["nll"] = "nll"
+    tokens: Tokens = "all"
+    k: Positive | None = None
     reduction: Reduction = "token_mean"
     coefficient: Coefficient = 1.0
+
+    def __post_init__(self) -> None:
+        _check_k(self.tokens, self.k)
 
 
 SingleObjective = HiddenMSEConfig | OutputKLConfig | BridgeConfig | OmniOPDConfig | RewrittenConfig

@@ -147,11 +147,10 @@ class EffOPDConfig:
     """With accept paired: largest one-sided p; 0.05 unless given."""
 
     def __post_init__(self) -> None:
-        if (self.every is not None) != (self.triggers != "powers_of_two"):
-            raise ConfigError(
-                f"extrapolation.every is {self.every}; it is needed with triggers every_n and settled, and has no meaning "
-                f"with {self.triggers!r}"
-            )
+        if self.triggers == "powers_of_two" and self.every is not None:
+            raise ConfigError(f"extrapolation.every={self.every} has no meaning with triggers='powers_of_two'; drop it")
+        if self.triggers != "powers_of_two" and self.every is None:
+            raise ConfigError(f"triggers={self.triggers!r} needs extrapolation.every: a search after so many steps")
         if self.settled_cosine is not None and self.triggers != "settled":
             raise ConfigError(f"settled_cosine has no meaning with triggers={self.triggers!r}; drop it")
         if self.level is not None and self.accept != "paired":

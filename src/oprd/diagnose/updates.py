@@ -86,6 +86,7 @@ def diagnose_updates(run: Path) -> Path:
     start = {name: value.clone() for name, value in student.state_dict().items()}
     scale = recipe.student.lora.alpha / recipe.student.lora.r if recipe.student.lora is not None else None
     steps = [int(path.name.partition("-")[2]) for path in found]
+    early = _early(steps, recipe.last_steps()[-1])
     updates: dict[int, dict[str, Tensor]] = {}
     rows: list[MatrixUpdate] = []
     blocks = _block_matrices(lm)
@@ -97,9 +98,8 @@ def diagnose_updates(run: Path) -> Path:
             for name, (block, kind) in blocks.items():
                 if name in update:
                     rows.append(_measure(step, block, kind, update[name], start[name], last[name], bases[name]))
-            updates[step] = update if step in (_early(steps, recipe.max_steps), steps[-1]) else {}
+            updates[step] = update if step in (early, steps[-1]) else {}
             bar.advance(1)
-    early = _early(steps, recipe.max_steps)
     scores = _far_early(recipe, lm, start, updates[early], updates[steps[-1]], early)
     out = run / "updates.json"
     table = {
@@ -124,9 +124,9 @@ def _read_run(run: Path) -> tuple[Recipe, list[Path]]:
     return recipe, found
 
 
-def _early(steps: Sequence[int], max_steps: int) -> int:
+def _early(steps: Sequence[int], last: int) -> int:
     """The checkpoint nearest to EARLY of the run."""
-    return min(steps, key=lambda step: abs(step - EARLY * max_steps))
+    return min(steps, key=lambda step: abs(step - EARLY * last))
 
 
 def _update(checkpoint: Path, start: Mapping[str, Tensor], scale: float | None) -> dict[str, Tensor]:

@@ -6,11 +6,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from oprd.config.objectives import Tokens
 from oprd.types import Reading, Rollouts, States, Tally, TeacherTargets, TokenSelection
-
-LAST_K = 2000
-"""Supervised tokens of a completion under first_k and last_k unless given [paper]."""
 
 
 class Objective(ABC):
@@ -78,8 +74,3 @@ class Objective(ABC):
         known = self.learnable(rollouts)
         counts = [n * ok for n, ok in zip(self.supervised(rollouts), known, strict=True)]
         return float(sum(counts) if self.reduction == "token_mean" else sum(count > 0 for count in counts))
-
-
-def token_selection(tokens: Tokens, k: int | None) -> TokenSelection:
-    """The selection a config asks for."""
-    return TokenSelection(keep=tokens, k=(k or LAST_K) if tokens.endswith("_k") else 0)

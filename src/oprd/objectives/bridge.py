@@ -30,9 +30,9 @@ from oprd.config.objectives import BridgeConfig
 from oprd.errors import ConfigError
 from oprd.kernels.chunked import confidence, head_divergence, sampled_logprobs, sharpen
 from oprd.kernels.reference import hidden_mse, normalized_hidden_mse, reverse_kl
-from oprd.objectives.base import Objective, token_selection
+from oprd.objectives.base import Objective
 from oprd.objectives.hidden import select_blocks
-from oprd.types import HiddenTargets, MicroBatch, Reading, Rollouts, States, Tally
+from oprd.types import HiddenTargets, MicroBatch, Reading, Rollouts, States, Tally, TokenSelection
 
 SURE = 0.99
 """A target is not made surer than this [ours]."""
@@ -55,7 +55,7 @@ class Bridge(Objective, nn.Module):
         self.uses_head = config.loss == "reverse_kl"
         self.name = "reverse_kl" if self.uses_head else "oprd_bridge"
         self.file = load_bridge(Path(config.bridge))
-        self.tokens = token_selection(config.tokens, config.k)
+        self.tokens = TokenSelection.of(config.tokens, config.k)
         self.reduction = config.reduction
         self.coefficient = config.coefficient
         self.pairs = bridge_pairs(config, blocks, self.file.teacher.blocks)
@@ -241,7 +241,7 @@ def bridge_pairs(config: BridgeConfig, student_blocks: int, teacher_blocks: int)
 
 def bridge_setting(config: BridgeConfig, pairs: tuple[tuple[int, int], ...], *, alignment: str) -> Setting:
     """What a file fitted for this objective has to say."""
-    selection = token_selection(config.tokens, config.k)
+    selection = TokenSelection.of(config.tokens, config.k)
     return Setting(
         blocks=pairs,
         tokens=selection.keep,
@@ -258,7 +258,7 @@ def bridge_readings(
     config: BridgeConfig, pairs: tuple[tuple[int, int], ...]
 ) -> tuple[tuple[Reading, ...], tuple[Reading, ...]]:
     """What is read off the student and off the teacher, in the order of the pairs."""
-    tokens = token_selection(config.tokens, config.k)
+    tokens = TokenSelection.of(config.tokens, config.k)
     student = tuple(Reading(block=block, at="completion", tokens=tokens) for block, _ in pairs)
     return student, tuple(Reading(block=block, at="completion", tokens=tokens) for _, block in pairs)
 

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from oprd.config.objectives import HiddenMSEConfig, Layers
 from oprd.errors import ConfigError
 from oprd.kernels.reference import hidden_mse, normalized_hidden_mse
-from oprd.objectives.base import Objective, token_selection
-from oprd.types import HiddenTargets, Reading, States
+from oprd.objectives.base import Objective
+from oprd.types import HiddenTargets, Reading, States, TokenSelection
 
 
 @final
@@ -28,7 +28,7 @@ class HiddenMSE(Objective):
     uses_head = False
 
     def __init__(self, config: HiddenMSEConfig, *, blocks: int, vocabulary: int) -> None:
-        self.tokens = token_selection(config.tokens, config.k)
+        self.tokens = TokenSelection.of(config.tokens, config.k)
         self.reduction = config.reduction
         self.coefficient = config.coefficient
         self.readings = tuple(

@@ -18,9 +18,10 @@ from torch import Tensor
 from oprd.config.objectives import OutputKLConfig
 from oprd.errors import ConfigError
 from oprd.kernels import reference
-from oprd.kernels.chunked import Divergence, head_divergence, head_logprobs, sampled_logprobs
+from oprd.kernels.chunked import Divergence, head_divergence, head_logprobs
 from oprd.kernels.reference import token_logprobs
-from oprd.objectives.base import Objective, token_selection
+from oprd.objectives.base import Objective
+from oprd.objectives.stale import ImportanceWeights
 from oprd.types import (
     HiddenTargets,
     LMHead,
@@ -37,7 +38,6 @@ from oprd.types import (
 
 ALL = TokenSelection(keep="all")
 
-IMPORTANCE_CLIP = 2.0
 EXACT = {"reverse_kl": reference.reverse_kl, "forward_kl": reference.forward_kl, "jsd": reference.jsd}
 SAMPLED = {
     "reverse_kl": reference.sampled_reverse_kl,
@@ -55,7 +55,7 @@ class OutputKL(Objective):
 
     def __init__(self, config: OutputKLConfig, *, blocks: int, vocabulary: int) -> None:
         self.name = config.divergence
-        self.tokens = token_selection(config.tokens, config.k)
+        self.tokens = TokenSelection.of(config.tokens, config.k)
         self.reduction = config.reduction
         self.coefficient = config.coefficient
         self.across_tokenizers = (
@@ -74,8 +74,7 @@ class OutputKL(Objective):
         # full and top_k sum over tokens with the student's own probabilities, and redrawn tokens are the student's of now;
         # only the sampled estimators need correction
         self.importance_weighted = config.estimator == "sampled" and not config.redraw
-        self._importance_clip = config.importance_clip or IMPORTANCE_CLIP
-        self._weights: list[Tensor] = []
+        self._importance = ImportanceWeights(self.name, config.importance_clip)
 
     def per_token(self, student: States, teacher: TeacherTargets) -> Float[Tensor, " N"]:
         assert student.head is not None
@@ -98,21 +97,11 @@ class OutputKL(Objective):
         else:
             rows = torch.arange(len(ids), device=ids.device)
             values = head_divergence(hidden, student.head, None, None, rows, self._served(student, teacher))
-        then = student.batch.rollout_logprobs(self.tokens) if self.importance_weighted else None
-        if then is None:
-            return values
-        now = sampled_logprobs(hidden, student.head, ids)
-        weights = reference.importance_weights(now, then, self._importance_clip)
-        self._weights.append(weights)
-        return weights * values
+        weights = self._importance.of(student, self._reading) if self.importance_weighted else None
+        return values if weights is None else weights * values
 
     def tallies(self) -> tuple[Tally, ...]:
-        """With stale rollouts: the share of importance weights that the clip cut."""
-        if not self._weights:
-            return ()
-        weights, self._weights = torch.cat(self._weights), []
-        cut = int((weights >= self._importance_clip).sum())
-        return (Tally(name=f"train/{self.name}/clipped/share", total=float(cut), of=float(len(weights))),)
+        return self._importance.tallies()
 
     def _served(self, student: States, teacher: TeacherTargets) -> Divergence:
         """The divergence from what a server says, which covers every token of the completions, by token number."""

@@ -17,7 +17,10 @@ from oprd.config.objectives import OmniOPDConfig
 from oprd.kernels.chunked import head_divergence
 from oprd.kernels.reference import forward_kl, token_logprobs
 from oprd.objectives.base import Objective
-from oprd.types import ChunkTargets, Reading, Rollouts, States, TokenSelection
+from oprd.objectives.stale import ImportanceWeights
+from oprd.types import ChunkTargets, Reading, Rollouts, States, Tally, TokenSelection, pack
+
+ALL = TokenSelection(keep="all")
 
 
 @final
@@ -30,29 +33,39 @@ class OmniOPD(Objective):
     across_shapes = True
     across_tokenizers = True
     reduction = "token_mean"
+    importance_weighted = True
 
     def __init__(self, config: OmniOPDConfig, *, blocks: int, vocabulary: int) -> None:
-        self.tokens = TokenSelection(keep="all")
+        self.tokens = TokenSelection.of(config.tokens, config.k)
         self.coefficient = config.coefficient
         self._anchor = config.anchor
         self._reading = Reading(block="last", at="prediction", tokens=self.tokens)
         self.readings = (self._reading,)
+        self._importance = ImportanceWeights(self.name)
 
     def per_token(self, student: States, teacher: ChunkTargets) -> Float[Tensor, " N"]:
         assert student.head is not None
         ids = student.batch.sampled_ids(self.tokens)
         hidden = student.hidden[self._reading]
+        selected = pack(student.batch.completion_mask(self.tokens), student.batch.completion_mask(ALL))
+        audited, scores = teacher.audited[selected], teacher.scores[selected]
+        weights = self._importance.of(student, self._reading)
+        if weights is not None:
+            scores = weights * scores
 
         def loss(p: Float[Tensor, "C V"], start: Any, rows: Int[Tensor, " C"]) -> Float[Tensor, " C"]:
-            reinforced = -teacher.scores[rows] * token_logprobs(p, ids[rows])
+            reinforced = -scores[rows] * token_logprobs(p, ids[rows])
             if start is None:
                 return reinforced
-            return torch.where(teacher.audited[rows], reinforced, self._anchor * forward_kl(p, start))
+            return torch.where(audited[rows], reinforced, self._anchor * forward_kl(p, start))
 
         rows = torch.arange(len(ids), device=ids.device)
         start_hidden = None if teacher.start is None else teacher.start.hidden[self._reading]
         start_head = None if teacher.start is None else teacher.start.head
         return head_divergence(hidden, student.head, start_hidden, start_head, rows, loss)
+
+    def tallies(self) -> tuple[Tally, ...]:
+        return self._importance.tallies()
 
     def weights(self, rollouts: Rollouts) -> tuple[float, ...]:
         """1 everywhere: a dropped chunk has no score, and the anchor holds whatever the teacher says."""

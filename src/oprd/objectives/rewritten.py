@@ -23,7 +23,7 @@ class RewrittenNLL(Objective):
     across_tokenizers = True
 
     def __init__(self, config: RewrittenConfig, *, blocks: int, vocabulary: int) -> None:
-        self.tokens = TokenSelection(keep="all")
+        self.tokens = TokenSelection.of(config.tokens, config.k)
         self.reduction = config.reduction
         self.coefficient = config.coefficient
         self._reading = Reading(block="last", at="prediction", tokens=self.tokens)

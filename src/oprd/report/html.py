@@ -298,7 +298,9 @@ def _far_early(run: RunFiles) -> go.Figure | None:
     figure = go.Figure()
     for i, row in enumerate(run.updates.get("far_early", [])):
         names = ("before", "early", "rescaled", "final")
-        figure.add_bar(x=names, y=[row[n] for n in names], name=row["benchmark"], marker={"color": COLOURS[i]})
+        figure.add_bar(
+            x=names, y=[row[n] for n in names], name=row["benchmark"], marker={"color": COLOURS[i % len(COLOURS)]}
+        )
     rows = run.updates.get("far_early", [])
     step = rows[0]["early_step"] if rows else 0
     return _titled(figure, f"{run.name}: go far early, from step {step}", "weights", "share correct")

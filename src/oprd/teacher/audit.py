@@ -118,6 +118,7 @@ class AuditTeacher(Teacher):
         most: Callable[[int], int],
     ) -> None:
         self._config = config
+        self._tokens = TokenSelection.of(config.tokens, config.k)
         self._writers = writers
         self._similarity = similarity
         self._lm = lm
@@ -250,9 +251,9 @@ class AuditTeacher(Teacher):
         return [Seen(entropy=e, logprobs=p, anchor_kl=k) for e, p, k in zip(*parts, strict=True)]
 
     def _audit(self, rollouts: Rollouts, row: int, seen: Seen) -> tuple[int, ...]:
-        length = rollouts.lengths[row]
+        _, length = self._tokens.span(rollouts.lengths[row])
         if self._config.audit == "entropy":
-            order: list[int] = seen.entropy.argsort(descending=True, stable=True).tolist()
+            order: list[int] = seen.entropy[:length].argsort(descending=True, stable=True).tolist()
         else:
             order = list(range(length))
             # a seed of its own per completion: nothing to save, the same on resume

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from oprd.config.models import RewritingTeacherConfig, SequenceTeacherConfig
 from oprd.data.chat import decode, encode, fill
+from oprd.errors import DataError
 from oprd.teacher.base import Teacher
 from oprd.teacher.writer import Ask, Writer, Written
 from oprd.types import (
@@ -27,8 +28,9 @@ from oprd.types import (
     TextTargets,
 )
 
-REASONS = ("no_reply", "empty", "unfinished", "not_shorter", "no_answer", "other_answer")
-"""Why a rewriting is not learned on, in the order in which it is looked at."""
+REASONS = ("no_reply", "empty", "unfinished", "longer", "no_answer", "other_answer", "wrong_answer")
+"""Why a rewriting is not learned on, in the order in which it is looked at. One of equal length is kept: once the student is
+brief, good rewritings are no shorter, and a filter that wants them shorter lets only those through that left something out."""
 
 
 class Judged(Protocol):
@@ -101,6 +103,10 @@ class RewritingTeacher(WritingTeacher):
 
     def check_prompt(self, prompt: Prompt) -> None:
         self._question(prompt, "")
+        if self.config.only_correct and prompt.answer is None:
+            raise DataError(
+                f"row {prompt.row} has no answer, which teacher.only_correct needs; add it, or drop only_correct"
+            )
 
     def prepare(self, rollouts: Rollouts) -> Rollouts:
         texts = [decode(self.tokenizer, ids) for ids in rollouts.completion_ids]
@@ -112,7 +118,14 @@ class RewritingTeacher(WritingTeacher):
         same = self.judge.verify(rewritten, [verdict.extracted or "" for verdict in own])
         ids = [(*encode(self.tokenizer, text), self.stop) for text in rewritten]
         reasons = [
-            _reason(answer[0], text, len(new) >= length, verdict.extracted, agrees.correct)
+            _reason(
+                answer[0],
+                text,
+                longer=len(new) > length,
+                extracted=verdict.extracted,
+                same=agrees.correct,
+                wrong=self.config.only_correct and not verdict.correct,
+            )
             for answer, text, new, length, verdict, agrees in zip(
                 answers, rewritten, ids, rollouts.lengths, own, same, strict=True
             )
@@ -202,14 +215,17 @@ class SequenceTeacher(WritingTeacher):
         return ((*ids, self.stop) if answer.finished[0] else ids)[: self.max_tokens]
 
 
-def _reason(answer: Written | None, text: str, longer: bool, extracted: str | None, same: bool) -> str | None:
+def _reason(
+    answer: Written | None, text: str, *, longer: bool, extracted: str | None, same: bool, wrong: bool
+) -> str | None:
     """The first of REASONS that holds; None for a rewriting that is learned on."""
     checks = {
         "no_reply": answer is None,
         "empty": not text,
         "unfinished": answer is not None and not answer.finished[0],
-        "not_shorter": longer,
+        "longer": longer,
         "no_answer": extracted is None,
         "other_answer": not same,
+        "wrong_answer": wrong,
     }
     return next((reason for reason, holds in checks.items() if holds), None)

@@ -62,6 +62,8 @@ class Run:
     """Which of them is under way."""
     trainable: tuple[nn.Parameter, ...]
     """What may get gradient in some stage."""
+    trained: tuple[nn.Parameter, ...]
+    """What has had gradient in this stage or one before it: what a checkpoint holds."""
     model: nn.Module
     """DistillModel in its DDP or FSDP wrapper."""
     readings: tuple[Reading, ...]
@@ -122,7 +124,7 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
         frozen = frozen_copy(student).to(accelerator.device)
     trainable = tuple(parameter for parameter in student.parameters() if parameter.requires_grad)
     stage = first_stage(recipe)
-    prepared = _prepare(recipe, accelerator, lm, trainable, checked.stages[stage], stage)
+    prepared = _prepare(recipe, accelerator, lm, trainable, checked.stages, stage)
     inner = prepared.inner
 
     def read(batch: Any, readings: Any, head: bool, then: Callable[[States], Any] = lambda states: states) -> Any:
@@ -155,6 +157,7 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
         stages=checked.stages,
         stage=stage,
         trainable=trainable,
+        trained=prepared.trained,
         model=prepared.model,
         readings=inner.readings,
         teacher_readings=inner.teacher_readings,
@@ -182,10 +185,11 @@ def build(recipe: Recipe, given: Given | None = None) -> Run:
 def enter_stage(run: Run, stage: int) -> Run:
     """The same student, teacher and prompts with the stage's objectives, a fresh optimizer and a fresh schedule."""
     run.accelerator.free_memory()  # a wrapper that is still known would go on reducing the same gradients
-    prepared = _prepare(run.recipe, run.accelerator, run.lm, run.trainable, run.stages[stage], stage)
+    prepared = _prepare(run.recipe, run.accelerator, run.lm, run.trainable, run.stages, stage)
     return replace(
         run,
         stage=stage,
+        trained=prepared.trained,
         model=prepared.model,
         readings=prepared.inner.readings,
         teacher_readings=prepared.inner.teacher_readings,
@@ -202,6 +206,7 @@ class _Prepared:
     """What depends on the objectives."""
 
     inner: DistillModel
+    trained: tuple[nn.Parameter, ...]
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
@@ -213,15 +218,17 @@ def _prepare(
     accelerator: Accelerator,
     lm: LanguageModel,
     trainable: tuple[nn.Parameter, ...],
-    objectives: tuple[Objective, ...],
+    stages: tuple[tuple[Objective, ...], ...],
     stage: int,
 ) -> _Prepared:
     config = recipe.schedule()[stage]
     updates = config.max_steps * recipe.rollout.updates_per_rollout
-    for parameter in trainable:
-        parameter.requires_grad_(True)
-    distill = DistillModel(lm, objectives)
-    freeze_unused(lm, deepest_block(lm, distill.readings), head=distill.uses_head)
+    reached: set[nn.Parameter] = set()
+    for objectives in stages[:stage]:
+        _distill(lm, trainable, objectives)
+        reached.update(parameter for parameter in trainable if parameter.requires_grad)
+    distill = _distill(lm, trainable, stages[stage])
+    reached.update(parameter for parameter in trainable if parameter.requires_grad)
     optimizer = _optimizer(recipe, distill, config.learning_rate or recipe.learning_rate)
     model, prepared = accelerator.prepare(distill, optimizer)
     assert isinstance(prepared.optimizer, torch.optim.Optimizer)
@@ -230,6 +237,7 @@ def _prepare(
             register_fsdp_forward_method(cast(nn.Module, model), method)
     return _Prepared(
         inner=cast(DistillModel, accelerator.unwrap_model(model, keep_torch_compile=False)),
+        trained=tuple(parameter for parameter in trainable if parameter in reached),
         model=cast(nn.Module, model),
         optimizer=prepared.optimizer,
         scheduler=get_scheduler(
@@ -238,14 +246,35 @@ def _prepare(
             num_warmup_steps=math.ceil(recipe.warmup_ratio * updates),
             num_training_steps=updates,
         ),
-        extrapolation=None if recipe.extrapolation is None else _extrapolation(recipe.extrapolation, lm, accelerator),
+        extrapolation=(
+            None
+            if recipe.extrapolation is None
+            else _extrapolation(recipe.extrapolation, lm, accelerator, cast(nn.Module, model))
+        ),
     )
 
 
-def _extrapolation(config: EffOPDConfig, lm: LanguageModel, accelerator: Accelerator) -> Extrapolation:
+def _distill(lm: LanguageModel, trainable: tuple[nn.Parameter, ...], objectives: tuple[Objective, ...]) -> DistillModel:
+    """The student with these objectives; what they cannot reach is without gradient."""
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+    distill = DistillModel(lm, objectives)
+    freeze_unused(lm, deepest_block(lm, distill.readings), head=distill.uses_head)
+    return distill
+
+
+def _extrapolation(
+    config: EffOPDConfig, lm: LanguageModel, accelerator: Accelerator, model: nn.Module
+) -> Extrapolation:
     def of_all(values: Sequence[float]) -> torch.Tensor:
         mine = torch.tensor([values], dtype=torch.float64, device=accelerator.device)
         return cast(torch.Tensor, accelerator.gather(mine)).cpu()
+
+    def reshard() -> None:
+        # weights that FSDP left gathered after a forward pass would go on being used in place of the shards just written
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     sharded = accelerator.distributed_type == DistributedType.FSDP
     return Extrapolation(
@@ -253,6 +282,7 @@ def _extrapolation(config: EffOPDConfig, lm: LanguageModel, accelerator: Acceler
         lm,
         add_shards=(lambda values: of_all(values).sum(0).tolist()) if sharded else list,
         everywhere=lambda value: of_all([value])[:, 0].tolist(),
+        moved=reshard,
     )
 
 

@@ -1,14 +1,16 @@
 """Checkpoints: written aside, synced, renamed. One that is not complete has another name and is never picked up.
 
-Only what is trained is stored (torch.distributed.checkpoint: every process its shard), so a LoRA checkpoint is small and
-a run may resume on another number of processes.
+Only what was trained so far is stored (torch.distributed.checkpoint: every process its shard), so a LoRA checkpoint is
+small and a run may resume on another number of processes.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +38,21 @@ def save_checkpoint(
     *,
     accelerator: Accelerator,
     model: nn.Module,
+    trained: Sequence[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     tensors: dict[str, torch.Tensor],
     keep: int,
 ) -> Path:
     """Store the trained weights, the optimizer, `tensors` (DTensors by shards) and `state` after `step` steps; delete all
-    but the newest `keep`."""
+    but the newest `keep`. `trained`: what an earlier stage trained as well, and this one may not."""
     aside, final = folder / f".step-{step:06d}.tmp", folder / f"step-{step:06d}"
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
+    with _counted_as_trained(trained):
+        weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
         save(
@@ -75,19 +79,34 @@ def load_checkpoint(
     *,
     accelerator: Accelerator,
     model: nn.Module,
+    trained: Sequence[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     tensors: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
     """Put weights and optimizer back in place, write into `tensors`; the `state` that was stored with them."""
-    weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
-    stored = {"model": weights, "optimizer": moments, "tensors": tensors}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-        load(stored, checkpoint_id=path, no_dist=accelerator.num_processes == 1)
-    set_state_dict(
-        model, optimizer, model_state_dict=stored["model"], optim_state_dict=stored["optimizer"], options=_OPTIONS
-    )
+    with _counted_as_trained(trained):
+        weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
+        stored = {"model": weights, "optimizer": moments, "tensors": tensors}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+            load(stored, checkpoint_id=path, no_dist=accelerator.num_processes == 1)
+        set_state_dict(
+            model, optimizer, model_state_dict=stored["model"], optim_state_dict=stored["optimizer"], options=_OPTIONS
+        )
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def _counted_as_trained(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within, they have gradient, by which what belongs into a checkpoint is told."""
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ embeddings and the LM head stay [code]; of a LoRA student the adapter moves [our
 No objective knows about it, and it knows no objective: `score` is whatever the loop measures with the weights in place.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,9 +91,12 @@ def search(config: EffOPDConfig, score: Callable[[float], Scores]) -> Search:
 
 def accepts(config: EffOPDConfig, best: float, score: float, p_value: float) -> bool:
     """Whether a candidate replaces the best so far. NaN is never accepted."""
+    # means of thirds or fifths that are equal differ by rounding, either way
+    tie = math.isclose(score, best, rel_tol=1e-12, abs_tol=1e-12)
+    better = score > best and not tie
     if config.accept == "paired":
-        return score > best and p_value <= (config.level or LEVEL)
-    return score > best or (config.accept_ties and score == best)
+        return better and p_value <= (config.level or LEVEL)
+    return better or (config.accept_ties and tie)
 
 
 def paired_p_value(before: Sequence[float], after: Sequence[float]) -> float:
@@ -144,7 +148,7 @@ class Extrapolation:
     Snapshots are in CPU memory and have the parameters' dtype; candidates are computed in float32, one tensor at a time.
     During a search there is a second snapshot, from which the plain update is restored bit for bit.
     `add_shards` adds numbers up over processes when each has another part of the weights; `everywhere` gives a process's
-    number of every process.
+    number of every process. `moved` is called when weights were written: whoever holds gathered copies of shards lets go.
     """
 
     def __init__(
@@ -154,11 +158,13 @@ class Extrapolation:
         *,
         add_shards: Callable[[Sequence[float]], list[float]],
         everywhere: Callable[[float], list[float]],
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self._weights = movable_weights(lm)
         self._add_shards = add_shards
         self._everywhere = everywhere
+        self._moved = moved
         self._previous = self._snapshot()
         # the last interval's movement is compared with this one's under `settled`
         settles = config.triggers == "settled"
@@ -182,7 +188,7 @@ class Extrapolation:
         norm, cosine = self._direction()
         settled = self.config.triggers != "settled" or cosine >= self._least_cosine
         if norm == 0.0 or not settled:  # a skipped update, or a warm-up that starts at zero, has no direction
-            self._previous = self._snapshot()
+            self._remember()
             return None
         plain = self._snapshot()
 
@@ -194,7 +200,7 @@ class Extrapolation:
         if len(set(self._everywhere(found.accepted))) > 1:
             raise TrainingStopped(f"step {step}: processes accepted different candidates; their scores must be equal")
         self._move(plain, found.accepted)
-        self._previous = self._snapshot()
+        self._remember()
         return {
             "step": step,
             "score": found.score,
@@ -206,13 +212,19 @@ class Extrapolation:
             "delta_norm": norm,
             **({"cosine": cosine} if self._movement else {}),
             "tokens": found.tokens,
-            "snapshot_mib": round(_mib(self._previous) + _mib(self._movement), 3),
+            "snapshot_mib": round(_mib(plain) + _mib(self._previous) + _mib(self._movement), 3),
             "seconds": round(time.perf_counter() - start, 3),
         }
 
     def _snapshot(self) -> dict[str, Tensor]:
         """Copies in CPU memory; of a sharded weight a DTensor that holds this process's shard."""
         return {name: value.detach().to("cpu", copy=True) for name, value in self._weights.items()}
+
+    @torch.no_grad()
+    def _remember(self) -> None:
+        """The weights in place are where the next delta begins."""
+        for name, value in self._weights.items():
+            _local(self._previous[name]).copy_(_local(value))
 
     @torch.no_grad()
     def _move(self, plain: Mapping[str, Tensor], factor: float) -> None:
@@ -224,6 +236,7 @@ class Extrapolation:
                 delta = at.float() - _local(self._previous[name]).to(here.device).float()
                 at = at.float() + factor * delta
             here.copy_(at)
+        self._moved()
 
     @torch.no_grad()
     def _direction(self) -> tuple[float, float]:

@@ -127,9 +127,9 @@ def _step(run: Run, progress: Progress, bar: Bar, verifier: Verifier | None) -> 
         updates.append(update_step(run, learned, clock))
         if updates[-1].finite:
             run.scheduler.step()
-        progress.skipped_in_a_row = 0 if updates[-1].finite else progress.skipped_in_a_row + 1
-        progress.skipped_steps += not updates[-1].finite
     update = mean_of(updates)
+    progress.skipped_in_a_row = 0 if update.finite else progress.skipped_in_a_row + 1
+    progress.skipped_steps += not update.finite
     progress.step = step
     health = measure_health(run, written) if recipe.health_tokens and step % recipe.logging_steps == 0 else None
     metrics = step_metrics(run, update, health, written) | {"train/learning_rate": learning_rate}
@@ -158,7 +158,9 @@ def _extrapolate(run: Run, step: int, clock: Clock, verifier: Verifier | None) -
     if extrapolation is None:
         return {}
     config, rollout = extrapolation.config, run.recipe.rollout
-    sampling = sampling_with(rollout, max_tokens=rollout.length_at(step), samples=config.validation_samples)
+    # the answer stands at the end: completions that a schedule still cuts short would all be wrong, and every tie accepted
+    longest = rollout.max_completion_length if config.score == "accuracy" else rollout.length_at(step)
+    sampling = sampling_with(rollout, max_tokens=longest, samples=config.validation_samples)
     with clock.section("extrapolation"):
         found = extrapolation.after_update(step, lambda: validate(run, config, verifier, sampling, step))
     if found is None:
@@ -248,7 +250,12 @@ def _start(run: Run) -> Progress:
     found = find_checkpoint(folder.checkpoints, asked) if asked is not None else None
     if found is not None:
         stored = load_checkpoint(
-            found, accelerator=accelerator, model=run.model, optimizer=run.optimizer, tensors=_tensors(run)
+            found,
+            accelerator=accelerator,
+            model=run.model,
+            trained=run.trained,
+            optimizer=run.optimizer,
+            tensors=_tensors(run),
         )
         progress = Progress(**stored["progress"])
         run.scheduler.load_state_dict(stored["scheduler"])
@@ -269,6 +276,7 @@ def _save(run: Run, progress: Progress) -> None:
         progress.step,
         accelerator=run.accelerator,
         model=run.model,
+        trained=run.trained,
         optimizer=run.optimizer,
         state={"progress": dataclasses.asdict(progress), "scheduler": run.scheduler.state_dict()},
         tensors=_tensors(run),

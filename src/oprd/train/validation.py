@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
@@ -32,7 +33,12 @@ def validate(run: Run, config: EffOPDConfig, verifier: Verifier | None, sampling
     if mine:
         seed = derive_seed(run.recipe.seed, "extrapolation", step, rank)
         written = run.engine.generate(PromptBatch(prompts=mine), sampling, seed=seed)
-        values = _accuracies(run, written, verifier) if config.score == "accuracy" else _minus_objective(run, written)
+        if config.score == "accuracy":
+            values = _accuracies(run, written, verifier)
+        else:
+            with torch.random.fork_rng(devices=[]):  # an objective that draws does so alike for every candidate
+                torch.manual_seed(seed)
+                values = _minus_objective(run, written)
         # a teacher that rewrites may learn on other completions, never on other prompts
         rows = [
             (prompt.row, sum(v for row, v in values if row == prompt.row) / config.validation_samples, 0)
@@ -64,6 +70,8 @@ def _minus_objective(run: Run, written: Rollouts) -> list[tuple[int, float]]:
             for i, part in enumerate(value.split(objective.supervised(micro))):
                 totals[i] -= objective.coefficient * float(part.double().mean()) if len(part) else 0.0
         rows += [(prompt.row, total) for prompt, total in zip(micro.prompts, totals, strict=True)]
+    for objective in run.objectives:
+        objective.tallies()  # what was counted here is not the next step's
     return rows
 
 
