@@ -2,7 +2,7 @@
 
 An arm is a recipe: objective, learning rate, completions a step, variant, seed. Each is trained with a constant learning
 rate and scored on 200 held-out problems (2 samples each, temperature 1) on the way; the seconds of training are CPU seconds
-of the steps on one thread, searches included, evaluations not. Finished arms are kept in benchmarks/results/effopd.json; an interrupted one goes
+of the steps on one thread, searches and their judging included, evaluations not. Finished arms are kept in benchmarks/results/effopd.json; an interrupted one goes
 on from its checkpoint.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import torch
 
 from chart import COLOURS, Chart, write_charts
@@ -165,7 +166,7 @@ def summarize(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
     for name, arm in sorted(arms.items()):
         parts = arm_of(name)
         setting = f"{parts.objective}-{parts.learning_rate}-{parts.completions}"
-        by_setting.setdefault(setting, {}).setdefault(parts.variant, []).append(arm)
+        by_setting.setdefault(setting, {}).setdefault(parts.variant, []).append(arm | {"seed": parts.seed})
     table: dict[str, Any] = {}
     for setting, variants in by_setting.items():
         if "plain" not in variants:
@@ -182,10 +183,12 @@ def summarize(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
                     f"{against}_to_90": rounded(first_reaching(*curve(found, against), level))
                     for against in ("step", "seconds", "generated_tokens")
                 },
-                "steps_to_90_of_seeds": [
-                    rounded(first_reaching(*curve([arm], "step"), most_of_the_gain([plain])))
-                    for plain, arm in zip(variants["plain"], found, strict=False)
-                ],
+                "steps_to_90_of_seeds": {
+                    arm["seed"]: rounded(first_reaching(*curve([arm], "step"), most_of_the_gain([plain])))
+                    for arm in found
+                    for plain in variants["plain"]
+                    if plain["seed"] == arm["seed"]
+                },
             }
             for variant, found in variants.items()
         }
@@ -196,6 +199,13 @@ def most_of_the_gain(plain: list[dict[str, Any]]) -> float:
     """The accuracy at which 90% of the plain runs' gain is reached."""
     _, accuracy = curve(plain, "step")
     return accuracy[0] + 0.9 * (accuracy[-1] - accuracy[0])
+
+
+def cpu_seconds() -> float:
+    """Of this one thread and of the processes that judge answers. The machine is shared: they are what the wall would show
+    were it alone, if one judged after the other."""
+    children = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+    return time.process_time() + sum(times.user + times.system for times in children)
 
 
 def rounded(value: float | None) -> float | None:
@@ -223,8 +233,7 @@ def main(names: list[str]) -> None:
     if not names:
         sys.exit(f"name at least one arm, such as oprd-1e-4-64-plain-0; variants: {', '.join(VARIANTS)}")
     torch.set_num_threads(1)
-    # the machine is shared: the CPU seconds of this one thread are what the wall would show were it alone
-    log.time = SimpleNamespace(perf_counter=time.process_time)
+    log.time = SimpleNamespace(perf_counter=cpu_seconds)
     RUNS.mkdir(parents=True, exist_ok=True)
     train, held_out = RUNS / "train.jsonl", RUNS / "held_out.jsonl"
     write_jsonl(train, sums(4000, seed=1, held_out=False))
