@@ -185,6 +185,8 @@ class FaultyServer:
         if fault == "401":
             said = {"error": f"bad key: {handler.headers['Authorization']}"}
             return _send(handler, 401, json.dumps(said).encode())
+        if fault in {"400", "404", "413", "422"}:
+            return _send(handler, int(fault), b'{"error": "this is too long for me"}')
         if fault == "hang":
             self.release.wait(30)
             return None

@@ -46,6 +46,12 @@ def counts(client: Client) -> dict[str, float]:
     return {tally.name.split("/")[1]: tally.total for tally in client.tallies()}
 
 
+def account(folder) -> tuple[int, int, int]:
+    """Requests, prompt tokens and completion tokens."""
+    with sqlite3.connect(folder / "cache.sqlite") as database:
+        return database.execute("SELECT requests, prompt_tokens, completion_tokens FROM spent").fetchone()
+
+
 @pytest.fixture
 def server():
     with FaultyServer() as running:
@@ -135,6 +141,25 @@ def test_too_many_lost_replies_stop_the_run_saying_why(server, tmp_path):
         client(server, tmp_path, max_retries=1).send([[call(f"{i}+1")] for i in range(4)])
 
 
+@pytest.mark.parametrize("fault", ["400", "413", "422"])
+def test_a_question_that_the_server_refuses_is_lost_alone_and_not_asked_again(fault, server, tmp_path):
+    server.fault = lambda number: fault if number == 2 else None
+    asked = client(server, tmp_path, concurrency=1)
+    replies = asked.send([[call("1+2"), call("3+4"), call("5+6")]])
+    assert [reply is None for reply in replies[0]] == [False, True, False]
+    assert (counts(asked)["lost"], counts(asked)["retries"]) == (1, 0)
+    server.fault = lambda number: fault
+    with pytest.raises(ServerError, match=rf"1 of 3 .*1 x HTTP {fault}: .*too long for me.*raise max_lost_share"):
+        client(server, tmp_path, max_lost_share=0.1).send([[call("1+2"), call("3+4"), call("5+6")]])
+
+
+def test_a_model_that_the_server_does_not_know_stops_the_run_at_the_first_question(server, tmp_path):
+    server.fault = lambda number: "404"
+    with pytest.raises(ServerError, match=r"HTTP 404.*The server refuses what this recipe asks for"):
+        client(server, tmp_path, concurrency=1, max_lost_share=0.9).send(CALLS)
+    assert server.requests == 1
+
+
 def test_a_storm_of_429_stops_the_run_with_advice_and_what_was_answered_is_kept(server, tmp_path):
     server.fault = lambda number: "429" if number > 3 else None
     with pytest.raises(ServerError, match=r"too many requests.*Lower concurrency or wait, then resume"):
@@ -179,10 +204,7 @@ def test_a_budget_stops_the_run_before_it_is_passed_and_holds_over_restarts(budg
         with pytest.raises(ServerError, match=f"could pass {name}={limit}. Raise it and resume"):
             client(server, tmp_path, **prices | budget).send(chains)
     assert server.requests >= most - 1
-    with sqlite3.connect(tmp_path / "cache.sqlite") as database:
-        requests, prompt, completion = database.execute(
-            "SELECT requests, prompt_tokens, completion_tokens FROM spent"
-        ).fetchone()
+    requests, prompt, completion = account(tmp_path)
     spent = {"max_requests": requests, "max_tokens": prompt + completion, "max_cost": (prompt + completion) / 1e6}
     assert requests == server.requests
     assert 0.7 * limit <= spent[name] <= limit
@@ -195,8 +217,7 @@ def test_a_lost_reply_counts_in_the_budget_as_much_as_it_can_have_cost(server, t
     server.fault = lambda number: "cut"
     with pytest.raises(ServerError):
         client(server, tmp_path, max_retries=1, max_lost_share=0.0).send([[call("1+2", max_tokens=6)]])
-    with sqlite3.connect(tmp_path / "cache.sqlite") as database:
-        assert database.execute("SELECT requests, prompt_tokens, completion_tokens FROM spent").fetchone() == (2, 6, 12)
+    assert account(tmp_path) == (2, 6, 12)
 
 
 def test_the_key_goes_to_the_server_and_nowhere_else(server, tmp_path, monkeypatch, capfd):
@@ -210,6 +231,23 @@ def test_the_key_goes_to_the_server_and_nowhere_else(server, tmp_path, monkeypat
     assert caught.value.__cause__ is None
     assert not any(SECRET.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
     assert SECRET not in "".join(capfd.readouterr())
+
+
+def test_a_probe_is_asked_anew_each_time_charged_and_says_what_went_wrong(server, tmp_path):
+    for _ in range(2):
+        asked = client(server, tmp_path)
+        reply = asked.probe(call("1+2"), advice="")
+        assert counts(asked)["requests"] == 0  # a step's numbers are those of its own requests
+    assert server.requests == 2
+    asked.send([[call("1+2")]])
+    assert server.requests == 3
+    assert account(tmp_path) == (3, 9, 3 * reply.completion_tokens)
+    server.fault = lambda number: "422"
+    with pytest.raises(ServerError, match=r"check at start .*: HTTP 422: .*too long for me.*\. Use another"):
+        asked.probe(call("1+2"), advice="Use another")
+    server.fault = lambda number: "hang"
+    with pytest.raises(ServerError, match=r"no reply within request_timeout_s=0.3. Use another"):
+        client(server, tmp_path, request_timeout_s=0.3, max_retries=0).probe(call("1+2"), advice="Use another")
 
 
 def test_a_key_that_is_not_set_and_a_key_in_place_of_its_name_are_refused(server, tmp_path, monkeypatch):

@@ -249,6 +249,31 @@ def test_a_server_that_ignores_n_is_found_out_at_start(server, tmp_path, train_f
         build(parse_recipe(omni_run(tmp_path / "run", train_file, server.url)))
 
 
+@pytest.mark.parametrize("bad", [1, 2, 3])
+def test_a_check_at_start_that_fails_says_what_the_server_said(bad, server, tmp_path, train_file):
+    server.fault = lambda number: "400" if number == bad else None
+    with pytest.raises(ServerError, match=r"HTTP 400: .*too long for me") as caught:
+        build(parse_recipe(omni_run(tmp_path / "run", train_file, server.url)))
+    assert "many_samples" not in str(caught.value)
+
+
+def test_a_server_without_log_probabilities_is_refused_with_its_own_words(server, tmp_path, train_file):
+    server.fault = lambda number: "400"
+    objective = {"type": "opd", "estimator": "sampled"}
+    tree = miniature_recipe(tmp_path / "run", train_file, teacher=served(server.url), objective=objective)
+    with pytest.raises(ServerError, match=r"HTTP 400: .*too long for me.*by 'prompt_logprobs'. If it refuses that"):
+        build(parse_recipe(tree))
+
+
+def test_a_server_that_was_changed_is_checked_again_on_resume(server, tmp_path, train_file):
+    tree = omni_run(tmp_path / "run", train_file, server.url, save_steps=1, max_steps=2)
+    run_recipe(parse_recipe(tree))
+    inner = server.reply
+    server.reply = lambda path, body: inner(path, body | {"n": 1})
+    with pytest.raises(ServerError, match="set many_samples: false"):
+        build(parse_recipe(tree | {"resume_from_checkpoint": "latest"}))
+
+
 def test_a_run_goes_on_without_the_chunks_it_lost(server, tmp_path, train_file):
     server.fault = lambda number: "empty" if number in {8, 9, 10} else None
     teacher = {"max_retries": 2, "concurrency": 1, "max_lost_share": 0.5}
@@ -263,6 +288,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights_and_pays_nothing_twi
     whole = omni_run(tmp_path / "whole", train_file, server.url)
     run_recipe(parse_recipe(whole))
     asked = Counter(server.generated)
+    checks = Counter(server.generated[:3])
     server.generated.clear()
     # in the middle of the second step
     limit = 3 + len(asked) // 2
@@ -281,7 +307,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights_and_pays_nothing_twi
         server.start()
     tree["teacher"] |= {"max_requests": 1000}
     run_recipe(parse_recipe(tree | {"resume_from_checkpoint": "latest"}))
-    assert Counter(server.generated) == asked
+    assert Counter(server.generated) == asked + checks  # which every start asks anew
     ours, theirs = weights(tmp_path / "cut"), weights(tmp_path / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert [row["step"] for row in metrics(tmp_path / "cut")] == [1, 2, 3]

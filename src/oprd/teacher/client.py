@@ -13,7 +13,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
@@ -27,6 +27,8 @@ from oprd.errors import ConfigError, ServerError
 from oprd.types import Tally
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+REFUSED_QUESTIONS = frozenset({400, 413, 422})
+"""Statuses that say something of one question, such as one too long for the server; the others hold for every one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +65,10 @@ class Reply:
     completion_tokens: int
 
 
+_Outcome = tuple[list[list[Reply | None]], Counter[str]]
+"""The replies, and how often each reason lost one."""
+
+
 class _BadReplyError(Exception):
     """The server answered with something that is not the asked-for reply."""
 
@@ -82,28 +88,38 @@ class Client:
         self._seed = seed
         self._counts: Counter[str] = Counter()
 
-    def send(
-        self, chains: Sequence[Sequence[Call]], *, max_lost_share: float | None = None
-    ) -> list[list[Reply | None]]:
+    def send(self, chains: Sequence[Sequence[Call]]) -> list[list[Reply | None]]:
         """The reply to every call; None where it was lost. The calls of a chain go one after the other, chains side by side.
 
         Raises ServerError when nothing more can be had from the server or paid: the key is refused, the server is gone,
-        the budget would be passed, too many replies were lost (the config's share, or `max_lost_share`). Replies under way
-        are waited for first, and kept.
+        the budget would be passed, more than `max_lost_share` of the replies were lost. Replies under way are waited for
+        first, and kept.
         """
         self._counts = Counter()
-        allowed = self._config.max_lost_share if max_lost_share is None else max_lost_share
-        result: Future[list[list[Reply | None]]] = Future()
+        replies, reasons = _in_thread(self._send(chains, self._counts, cached=True))
+        lost = self._counts["lost"]
+        asked = sum(map(len, replies))
+        allowed = self._config.max_lost_share
+        if lost > allowed * asked:
+            why = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+            raise ServerError(
+                f"{self._config.base_url}: {lost} of {asked} replies of this step were lost ({why}); allowed is "
+                f"max_lost_share={allowed}. Look at the server's log, or raise max_lost_share, then resume: what was "
+                "answered is kept"
+            )
+        return replies
 
-        def work() -> None:
-            try:
-                result.set_result(asyncio.run(self._send(chains, allowed)))
-            except BaseException as error:  # whatever it is, the caller has to hear of it
-                result.set_exception(error)
+    def probe(self, call: Call, *, advice: str) -> Reply:
+        """The server's reply of today, neither taken from the cache nor kept there, for the checks at start.
 
-        # a daemon, so that a second Ctrl-C does not wait for the replies under way
-        threading.Thread(target=work, name="teacher", daemon=True).start()
-        return result.result()
+        Raises ServerError with what went wrong, and the advice.
+        """
+        ((reply,),), reasons = _in_thread(self._send([[call]], Counter(), cached=False))
+        if reply is None:
+            raise ServerError(
+                f"{self._config.base_url} does not answer a check at start as it should: {', '.join(reasons)}. {advice}"
+            )
+        return reply
 
     def tallies(self) -> tuple[Tally, ...]:
         """What the last `send` did."""
@@ -115,11 +131,12 @@ class Client:
             Tally(name="teacher/cost/sum", total=cost),
         )
 
-    async def _send(self, chains: Sequence[Sequence[Call]], allowed: float) -> list[list[Reply | None]]:
+    async def _send(self, chains: Sequence[Sequence[Call]], counts: Counter[str], *, cached: bool) -> _Outcome:
         self._cache.parent.mkdir(parents=True, exist_ok=True)
         keyed = self._keys(chains)
         with closing(sqlite3.connect(self._cache, timeout=60.0)) as database:
-            step = _Step(self._config, self._key, _Book(database, self._run), self._processes, self._counts)
+            book = _Book(database, self._run)
+            step = _Step(self._config, self._key, book, self._processes, counts, cached=cached)
             async with openai.AsyncOpenAI(
                 base_url=self._config.base_url,
                 api_key=self._key or "none",
@@ -127,17 +144,10 @@ class Client:
                 timeout=self._config.request_timeout_s,
             ) as api:
                 replies = await step.run(api, keyed)
-        lost = sum(reply is None for chain in replies for reply in chain)
-        asked = sum(map(len, replies))
-        self._counts["lost"] = lost
+        counts["lost"] += sum(reply is None for chain in replies for reply in chain)
         if step.stop is not None:
             raise ServerError(step.stop)
-        if lost > allowed * asked:
-            raise ServerError(
-                f"{self._config.base_url}: {lost} of {asked} replies of this step were lost ({step.reasons()}); allowed is "
-                f"max_lost_share={allowed}. Look at the server's log, then resume: what was answered is kept"
-            )
-        return replies
+        return replies, step.reasons
 
     def _keys(self, chains: Sequence[Sequence[Call]]) -> list[list[tuple[str, int, Call]]]:
         """Each call with its key in the cache and its seed. Equal calls of one step are different draws."""
@@ -184,12 +194,13 @@ class _Book:
         with self._database:
             self._spend(requests, prompt_tokens, completion_tokens)
 
-    def store(self, key: str, reply: Reply) -> None:
-        """Keep an answer and charge its tokens, both or neither."""
+    def charge(self, reply: Reply, *, store_as: str | None) -> None:
+        """Charge an answer's tokens and keep it under its key if it has one, both or neither."""
         choices = [[c.text, c.finished, c.logprobs] for c in reply.choices]
         text = json.dumps([choices, reply.prompt_tokens, reply.completion_tokens])
         with self._database:
-            self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, text))
+            if store_as is not None:
+                self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (store_as, text))
             self._spend(0, reply.prompt_tokens, reply.completion_tokens)
 
     def _spend(self, requests: int, prompt_tokens: int, completion_tokens: int) -> None:
@@ -201,15 +212,23 @@ class _Book:
 
 
 class _Step:
-    """The calls of one `send`."""
+    """The calls of one `send`, or of a probe without the cache."""
 
     def __init__(
-        self, config: ServerTeacherConfig, key: str | None, book: _Book, processes: int, counts: Counter[str]
+        self,
+        config: ServerTeacherConfig,
+        key: str | None,
+        book: _Book,
+        processes: int,
+        counts: Counter[str],
+        *,
+        cached: bool,
     ) -> None:
         self._config = config
         self._key = key
         self._book = book
         self._counts = counts
+        self._cached = cached
         # every process gets an equal part of each budget, so that none has to know what the others spend
         self._limits = [
             None if x is None else x / processes for x in (config.max_requests, config.max_tokens, config.max_cost)
@@ -218,7 +237,8 @@ class _Step:
         self._settled = asyncio.Condition()
         self._under_way: Counter[str] = Counter()
         self._not_before = 0.0
-        self._reasons: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        """How often each lost a reply."""
         self.stop: str | None = None
         """Why nothing more is sent."""
 
@@ -241,18 +261,15 @@ class _Step:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
         if late:
-            missing = sum(reply is None for chain in replies for reply in chain) - self._reasons.total()
-            self._reasons[f"no reply within step_timeout_s={self._config.step_timeout_s:g}"] += missing
+            missing = sum(reply is None for chain in replies for reply in chain) - self.reasons.total()
+            self.reasons[f"no reply within step_timeout_s={self._config.step_timeout_s:g}"] += missing
         for task in tasks:
             if task not in late:
                 task.result()
         return replies
 
-    def reasons(self) -> str:
-        return ", ".join(f"{count} x {reason}" for reason, count in self._reasons.most_common(3))
-
     def _known(self, key: str) -> Reply | None:
-        reply = self._book.find(key)
+        reply = self._book.find(key) if self._cached else None
         self._counts["cache_hits"] += reply is not None
         return reply
 
@@ -270,7 +287,7 @@ class _Step:
             except _FaultError as error:
                 fault = error
             else:
-                self._book.store(key, reply)
+                self._book.charge(reply, store_as=key if self._cached else None)
                 self._counts["prompt_tokens"] += reply.prompt_tokens
                 self._counts["completion_tokens"] += reply.completion_tokens
                 return reply
@@ -285,7 +302,7 @@ class _Step:
                 await asyncio.sleep(pause)
         if fault.stops and self.stop is None:
             self.stop = f"{self._config.base_url}: {fault}. {fault.advice}"
-        self._reasons[str(fault)] += 1
+        self.reasons[str(fault)] += 1
         return None
 
     async def _try(self, api: openai.AsyncOpenAI, seed: int, call: Call) -> Reply:
@@ -333,6 +350,8 @@ class _Step:
             )
         if status in {408, 409, 425} or status >= 500:
             return _FaultError(f"HTTP {status}", pause_s=_retry_after(error.response.headers))
+        if status in REFUSED_QUESTIONS:
+            return _FaultError(f"HTTP {status}: {said}", final=True)
         if status in {401, 403}:
             advice = f"Check the key in the environment variable that api_key_env names ({self._config.api_key_env})"
         else:
@@ -395,6 +414,21 @@ class _FaultError(Exception):
         self.advice = advice
 
 
+def _in_thread(work: Coroutine[Any, Any, _Outcome]) -> _Outcome:
+    """What `work` returns, from an event loop in a thread of its own."""
+    result: Future[_Outcome] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(asyncio.run(work))
+        except BaseException as error:  # whatever it is, the caller has to hear of it
+            result.set_exception(error)
+
+    # a daemon, so that a second Ctrl-C does not wait for the replies under way
+    threading.Thread(target=run, name="teacher", daemon=True).start()
+    return result.result()
+
+
 async def _post(api: openai.AsyncOpenAI, model: str, seed: int, call: Call) -> str:
     """The reply's body. What the official client has no argument for goes along as an extra field."""
     resource = api.completions if call.endpoint == "completions" else api.chat.completions
@@ -419,7 +453,8 @@ def _read_reply(text: str, call: Call) -> Reply:
     if not choices:
         raise _BadReplyError("an empty reply")
     if len(choices) != call.samples:
-        raise _BadReplyError(f"{len(choices)} samples for the {call.samples} asked for")
+        advice = "; set many_samples: false if the server takes no `n`" if len(choices) == 1 else ""
+        raise _BadReplyError(f"{len(choices)} samples for the {call.samples} asked for{advice}")
     if completion > call.most_completion_tokens:
         raise _BadReplyError(f"a longer reply than asked for ({completion} tokens)")
     return Reply(choices=choices, prompt_tokens=prompt, completion_tokens=completion)

@@ -52,24 +52,16 @@ class ServerWriter(Writer):
     def check(self, prompt: Prompt) -> None:
         """Ask a little before anything is loaded. Raises ServerError when the server is not there, gives another number of
         samples than asked for, or begins its answer anew instead of going on with one."""
-        question = Ask(messages=self.conversation(prompt), samples=2, max_tokens=PROBE_TOKENS, temperature=1.0)
-        answer = self._write([[replace(question, max_tokens=4)]], max_lost_share=1.0)[0][0]
-        if answer is None:
-            raise ServerError(
-                f"{self._config.base_url} does not answer a first request for two samples as it should. If the server "
-                "gives one sample whatever `n` says, set many_samples: false; otherwise look at its log"
-            )
-        self._check_continues(replace(question, samples=1, temperature=0.0))
+        question = Ask(messages=self.conversation(prompt), max_tokens=PROBE_TOKENS, temperature=0.0)
+        samples = 2 if self._config.many_samples else 1
+        self._probe(replace(question, samples=samples, max_tokens=4, temperature=1.0))
+        self._check_continues(question)
 
     def write(self, chains: Sequence[Sequence[Ask]]) -> list[list[Written | None]]:
-        return self._write(chains, max_lost_share=None)
-
-    def _write(self, chains: Sequence[Sequence[Ask]], max_lost_share: float | None) -> list[list[Written | None]]:
         if self._config.many_samples:
-            calls = [[self._call(ask) for ask in chain] for chain in chains]
-            replies = self._client.send(calls, max_lost_share=max_lost_share)
+            replies = self._client.send([[self._call(ask) for ask in chain] for chain in chains])
         else:
-            replies = self._one_by_one(chains, max_lost_share)
+            replies = self._one_by_one(chains)
         written = [[_written(reply) for reply in row] for row in replies]
         self._look_for_restarts(chains, written)
         return written
@@ -80,14 +72,14 @@ class ServerWriter(Writer):
             Tally(name="teacher/restarted/share", total=self._restarted, of=float(self._continued)),
         )
 
-    def _one_by_one(self, chains: Sequence[Sequence[Ask]], max_lost_share: float | None) -> list[list[Reply | None]]:
+    def _one_by_one(self, chains: Sequence[Sequence[Ask]]) -> list[list[Reply | None]]:
         """A server without `n`: as many chains side by side as samples; one lost sample loses the question."""
         rows = [
             [self._call(replace(ask, samples=1)) for ask in chain if at < ask.samples]
             for chain in chains
             for at in range(max((ask.samples for ask in chain), default=0))
         ]
-        got = iter(self._client.send(rows, max_lost_share=max_lost_share))
+        got = iter(self._client.send(rows))
         replies: list[list[Reply | None]] = []
         for chain in chains:
             columns = [iter(next(got)) for _ in range(max((ask.samples for ask in chain), default=0))]
@@ -131,17 +123,18 @@ class ServerWriter(Writer):
         begins = bool(added) and ids[:1] == added[:1]
         return decode(self._tokenizer, ids[1:] if begins else ids, special=True) + ask.prefix
 
+    def _probe(self, ask: Ask) -> str:
+        """The first sample of an answer."""
+        return self._client.probe(self._call(ask), advice="Look at the server's log").choices[0].text
+
     def _check_continues(self, question: Ask) -> None:
         """Give the first half of the teacher's own answer back to it: it should go on with the second half."""
-        own = self._write([[question]], max_lost_share=1.0)[0][0]
-        whole = own.texts[0] if own is not None else ""
+        whole = self._probe(question)
         half = len(whole) // 2
         if half < RESTART_CHARACTERS:
             return  # too short an answer to tell
-        again = self._write([[replace(question, prefix=whole[:half])]], max_lost_share=1.0)[0][0]
-        if again is None:
-            return
-        anew, on = edit_similarity(again.texts[0][:half], [whole[:half], whole[half : 2 * half]])
+        again = self._probe(replace(question, prefix=whole[:half]))
+        anew, on = edit_similarity(again[:half], [whole[:half], whole[half : 2 * half]])
         if anew > on and anew > 0.5:
             raise ServerError(self._begins_anew("its own answer, given back to it by half"))
 
@@ -194,13 +187,12 @@ class ServerTeacher(Teacher):
     def check(self) -> None:
         """Raise ServerError unless the server's ids mean what the tokenizer says, and it gives as many as asked for."""
         ids = encode(self._tokenizer, PROBE_TEXTS[0])
-        reply = self._client.send([[self._call((), ids)]], max_lost_share=1.0)[0][0]
-        if reply is None:
-            raise ServerError(
-                f"{self._config.base_url} gave no log-probabilities for a probe with {self._config.logprobs!r}. It must be a "
-                "server that has them (vLLM), and allow as many as asked for: "
-                f"objective.top_k is {self._top_k}, vLLM's --max-logprobs is 20 unless set higher"
-            )
+        advice = (
+            f"It was asked for log-probabilities by {self._config.logprobs!r}. If it refuses that, use a server that has "
+            f"them (vLLM) and allows as many as asked for: objective.top_k is {self._top_k}, vLLM's --max-logprobs is 20 "
+            "unless set higher"
+        )
+        reply = self._client.probe(self._call((), ids), advice=advice)
         self._read(reply, 0, ids)
 
     def check_prompts(self, prompts: Iterable[Prompt]) -> None:
