@@ -124,6 +124,7 @@ class FaultyServer:
 
     `fault(number)` is asked for each request, counted from 1, and names one of the handler's faults or gives None.
     `generated` counts the replies that went out whole; equal requests get equal replies, as the seed is in them.
+    `times` are those at which requests came. `retry_after` goes with 429 and 503.
     """
 
     def __init__(self, fault: Callable[[int], str | None] = lambda number: None) -> None:
@@ -131,6 +132,8 @@ class FaultyServer:
         self.requests = 0
         self.generated: list[str] = []
         self.headers: list[str] = []
+        self.times: list[float] = []
+        self.retry_after = "0.05"
         self.lock = threading.Lock()
         self.lm = load_miniature("teacher")
         self.release = threading.Event()
@@ -178,12 +181,14 @@ class FaultyServer:
             self.requests += 1
             fault = self.fault(self.requests)
             self.headers.append(handler.headers.get("Authorization", ""))
-        if fault == "429":
-            return _send(handler, 429, b'{"error": "slow down"}', {"Retry-After": "0.05"})
+            self.times.append(time.monotonic())
+        if fault in {"429", "503"}:
+            return _send(handler, int(fault), b'{"error": "slow down"}', {"Retry-After": self.retry_after})
         if fault == "500":
             return _send(handler, 500, b'{"error": "oops"}')
-        if fault == "401":
-            said = {"error": f"bad key: {handler.headers['Authorization']}"}
+        if fault in {"401", "401, at length"}:
+            filler = "x" * 165 if fault == "401, at length" else ""
+            said = {"error": f"{filler}bad key: {handler.headers['Authorization']}"}
             return _send(handler, 401, json.dumps(said).encode())
         if fault in {"400", "404", "413", "422"}:
             return _send(handler, int(fault), b'{"error": "this is too long for me"}')

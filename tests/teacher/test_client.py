@@ -160,6 +160,38 @@ def test_a_model_that_the_server_does_not_know_stops_the_run_at_the_first_questi
     assert server.requests == 1
 
 
+@pytest.mark.parametrize(
+    ("retry_after", "least"),
+    [("1.2", 1.2), ("0", 0.5), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.5), ("soon", 0.5)],
+)
+@pytest.mark.parametrize("fault", ["429", "503"])
+def test_a_pause_is_as_long_as_the_server_asks_and_never_shorter_than_ours(fault, retry_after, least, server, tmp_path):
+    server.fault = lambda number: fault if number == 1 else None
+    server.retry_after = retry_after
+    client(server, tmp_path, concurrency=1).send([[call("1+2")]])
+    assert server.times[1] - server.times[0] >= least
+
+
+def test_the_pause_that_the_server_asks_for_holds_for_every_request(server, tmp_path):
+    server.fault = lambda number: "503" if number == 1 else None
+    server.retry_after = "1.2"
+    client(server, tmp_path, concurrency=1, max_retries=0).send([[call("1+2")], [call("3+4")]])
+    assert server.times[1] - server.times[0] >= 1.2
+
+
+def test_a_pause_that_outlasts_the_step_is_not_slept_through(server, tmp_path):
+    server.fault = lambda number: "429"
+    server.retry_after = "3600"
+    asked = r"asks to wait 3600 s, longer than what is left of step_timeout_s=20"
+    with pytest.raises(ServerError, match=rf"too many requests.*{asked}. Lower concurrency or wait, then resume"):
+        client(server, tmp_path, concurrency=1).send([[call("1+2")]])
+    assert server.requests == 1
+    server.fault = lambda number: "503"
+    with pytest.raises(ServerError, match=rf"1 of 1 .*HTTP 503.*{asked}"):
+        client(server, tmp_path, concurrency=1).send([[call("1+2")]])
+    assert server.requests == 2
+
+
 def test_a_storm_of_429_stops_the_run_with_advice_and_what_was_answered_is_kept(server, tmp_path):
     server.fault = lambda number: "429" if number > 3 else None
     with pytest.raises(ServerError, match=r"too many requests.*Lower concurrency or wait, then resume"):
@@ -220,6 +252,15 @@ def test_a_lost_reply_counts_in_the_budget_as_much_as_it_can_have_cost(server, t
     assert account(tmp_path) == (2, 6, 12)
 
 
+def test_a_reply_longer_than_asked_for_counts_in_the_budget_as_the_server_says(server, tmp_path):
+    server.fault = lambda number: "longer"  # by 1000 tokens
+    limits = {"max_retries": 5, "max_tokens": 1500}
+    with pytest.raises(ServerError, match="could pass max_tokens=1500"):
+        client(server, tmp_path, **limits).send([[call("1+2")]])
+    assert server.requests == 2
+    assert account(tmp_path)[2] > 2000
+
+
 def test_the_key_goes_to_the_server_and_nowhere_else(server, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("TEST_KEY", SECRET)
     client(server, tmp_path, api_key_env="TEST_KEY").send([[call("1+2")]])
@@ -231,6 +272,14 @@ def test_the_key_goes_to_the_server_and_nowhere_else(server, tmp_path, monkeypat
     assert caught.value.__cause__ is None
     assert not any(SECRET.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
     assert SECRET not in "".join(capfd.readouterr())
+
+
+def test_no_part_of_the_key_is_left_where_the_servers_words_are_cut(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("TEST_KEY", SECRET)
+    server.fault = lambda number: "401, at length"
+    with pytest.raises(ServerError, match=r"Bearer \[key\]") as caught:
+        client(server, tmp_path, api_key_env="TEST_KEY").send([[call("1+2")]])
+    assert SECRET[:4] not in str(caught.value)
 
 
 def test_a_probe_is_asked_anew_each_time_charged_and_says_what_went_wrong(server, tmp_path):

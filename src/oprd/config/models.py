@@ -111,7 +111,7 @@ class ServerTeacherConfig:
     request_timeout_s: Annotated[float, Field(gt=0)] = 120.0
     step_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
     max_retries: NotNegative = 6
-    """Of one request, with pauses of 0.5 s that double, or as long as the server's Retry-After says."""
+    """Of one request, with pauses of 0.5 s that double, or longer if the server's Retry-After says so."""
     max_lost_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Above this share of lost requests in a step the run stops instead of going on without them."""
     price_per_million_prompt_tokens: Price = 0.0

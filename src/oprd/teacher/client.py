@@ -17,6 +17,7 @@ from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -70,7 +71,12 @@ _Outcome = tuple[list[list[Reply | None]], Counter[str]]
 
 
 class _BadReplyError(Exception):
-    """The server answered with something that is not the asked-for reply."""
+    """The server answered with something that is not the asked-for reply. The tokens are those it says it used."""
+
+    def __init__(self, what: str, *, prompt_tokens: int = 0, completion_tokens: int = 0) -> None:
+        super().__init__(what)
+        self.prompt_tokens = prompt_tokens
+        self.completion_tokens = completion_tokens
 
 
 @final
@@ -237,6 +243,7 @@ class _Step:
         self._settled = asyncio.Condition()
         self._under_way: Counter[str] = Counter()
         self._not_before = 0.0
+        self._ends = time.monotonic() + config.step_timeout_s
         self.reasons: Counter[str] = Counter()
         """How often each lost a reply."""
         self.stop: str | None = None
@@ -277,7 +284,8 @@ class _Step:
         """Try until there is a reply, the attempts are used up, or nothing more is to be sent."""
         fault = _FaultError("not sent")
         for attempt in range(self._config.max_retries + 1):
-            await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
+            while (wait := self._not_before - time.monotonic()) > 0:
+                await asyncio.sleep(wait)
             if not await self._afford(call):
                 return None
             self._counts["requests"] += 1
@@ -285,7 +293,7 @@ class _Step:
             try:
                 reply = await self._try(api, seed, call)
             except _FaultError as error:
-                fault = error
+                fault = self._if_there_is_time(error)
             else:
                 self._book.charge(reply, store_as=key if self._cached else None)
                 self._counts["prompt_tokens"] += reply.prompt_tokens
@@ -295,20 +303,30 @@ class _Step:
                 await self._settle(call)
             if fault.final:
                 break
-            pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt) if fault.pause_s is None else fault.pause_s
-            if fault.pause_s is not None:
-                self._not_before = max(self._not_before, time.monotonic() + pause)  # a limit on one is a limit on all
+            # a limit on one is a limit on all
+            self._not_before = max(self._not_before, time.monotonic() + fault.pause_s)
             if attempt < self._config.max_retries:
-                await asyncio.sleep(pause)
+                await asyncio.sleep(max(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt), fault.pause_s))
         if fault.stops and self.stop is None:
             self.stop = f"{self._config.base_url}: {fault}. {fault.advice}"
         self.reasons[str(fault)] += 1
         return None
 
+    def _if_there_is_time(self, fault: "_FaultError") -> "_FaultError":
+        """The fault, or a final one where the server asks for a pause that outlasts the step."""
+        if time.monotonic() + fault.pause_s <= self._ends:
+            return fault
+        what = (
+            f"{fault}, and the server asks to wait {fault.pause_s:.0f} s, longer than what is left of "
+            f"step_timeout_s={self._config.step_timeout_s:g}"
+        )
+        return _FaultError(what, final=True, stops=fault.stops, advice=fault.advice)
+
     async def _try(self, api: openai.AsyncOpenAI, seed: int, call: Call) -> Reply:
         """One attempt. Raises _FaultError saying what went wrong and what that means."""
         limit = self._config.request_timeout_s
         may_have_cost = False
+        most = (call.most_prompt_tokens, call.most_completion_tokens)
         try:
             async with asyncio.timeout(limit):
                 text = await _post(api, self._config.model, seed, call)
@@ -330,19 +348,21 @@ class _Step:
             raise
         except _BadReplyError as error:
             may_have_cost = True
+            most = (max(most[0], error.prompt_tokens), max(most[1], error.completion_tokens))
             raise _FaultError(str(error)) from None
         finally:
             if may_have_cost:
                 # the server may have written it all: the budget counts the most it can have cost
-                self._book.spend(prompt_tokens=call.most_prompt_tokens, completion_tokens=call.most_completion_tokens)
-                self._counts["prompt_tokens"] += call.most_prompt_tokens
-                self._counts["completion_tokens"] += call.most_completion_tokens
+                self._book.spend(prompt_tokens=most[0], completion_tokens=most[1])
+                self._counts["prompt_tokens"] += most[0]
+                self._counts["completion_tokens"] += most[1]
 
     def _status(self, error: openai.APIStatusError) -> "_FaultError":
         status = error.status_code
-        said = " ".join(error.response.text.split())[:200]
+        said = error.response.text
         if self._key:
-            said = said.replace(self._key, "[key]")
+            said = said.replace(self._key, "[key]")  # before the cut, which would leave a part of it
+        said = " ".join(said.split())[:200]
         if status == 429:
             advice = "Lower concurrency or wait, then resume: nothing is paid twice"
             return _FaultError(
@@ -402,10 +422,10 @@ class _Step:
 
 
 class _FaultError(Exception):
-    """One failed attempt: how long to pause, whether to try again, whether to stop the run after the last one."""
+    """One failed attempt: how long the server asks to pause, whether to try again, whether to stop the run after the last one."""
 
     def __init__(
-        self, what: str, *, pause_s: float | None = None, final: bool = False, stops: bool = False, advice: str = ""
+        self, what: str, *, pause_s: float = 0.0, final: bool = False, stops: bool = False, advice: str = ""
     ) -> None:
         super().__init__(what)
         self.pause_s = pause_s
@@ -450,13 +470,14 @@ def _read_reply(text: str, call: Call) -> Reply:
         completion = int(usage.get("completion_tokens", call.most_completion_tokens))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise _BadReplyError("a reply that is not the JSON it should be") from None
+    bad = partial(_BadReplyError, prompt_tokens=prompt, completion_tokens=completion)
     if not choices:
-        raise _BadReplyError("an empty reply")
+        raise bad("an empty reply")
     if len(choices) != call.samples:
         advice = "; set many_samples: false if the server takes no `n`" if len(choices) == 1 else ""
-        raise _BadReplyError(f"{len(choices)} samples for the {call.samples} asked for{advice}")
+        raise bad(f"{len(choices)} samples for the {call.samples} asked for{advice}")
     if completion > call.most_completion_tokens:
-        raise _BadReplyError(f"a longer reply than asked for ({completion} tokens)")
+        raise bad(f"a longer reply than asked for ({completion} tokens)")
     return Reply(choices=choices, prompt_tokens=prompt, completion_tokens=completion)
 
 
@@ -478,11 +499,11 @@ def _reply_from(row: Any) -> Reply:
     )
 
 
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds the server asks to wait: a number, or a date."""
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds the server asks to wait, by a number or a date; 0 if it does not."""
     value = headers.get("retry-after")
     if value is None:
-        return None
+        return 0.0
     try:
         return max(0.0, float(value))
     except ValueError:
@@ -490,7 +511,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except ValueError:
-        return None
+        return 0.0
 
 
 def _cost(config: ServerTeacherConfig, prompt_tokens: int, completion_tokens: int) -> float:
