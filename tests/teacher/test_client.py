@@ -49,7 +49,7 @@ def counts(client: Client) -> dict[str, float]:
 def account(folder) -> tuple[int, int, int]:
     """Requests, prompt tokens and completion tokens."""
     with sqlite3.connect(folder / "cache.sqlite") as database:
-        return database.execute("SELECT requests, prompt_tokens, completion_tokens FROM spent").fetchone()
+        return database.execute("SELECT requests, prompt_tokens, completion_tokens FROM accounts").fetchone()
 
 
 @pytest.fixture
@@ -243,6 +243,39 @@ def test_a_budget_stops_the_run_before_it_is_passed_and_holds_over_restarts(budg
     asked = client(server, tmp_path)
     asked.send(chains)
     assert max(Counter(server.generated).values()) == 1
+
+
+def test_a_run_resumed_on_another_number_of_processes_shares_out_what_is_left(server, tmp_path):
+    def start(ranks: int, processes: int, max_requests: int = 12) -> list[int]:
+        """Requests of each rank until the budget stops it."""
+        found = []
+        limits = config(server, max_requests=max_requests)
+        clients = [
+            Client(limits, cache=tmp_path / "cache.sqlite", run="run", rank=rank, processes=processes)
+            for rank in range(ranks)
+        ]
+        for asked in clients:
+            before = server.requests
+            with pytest.raises(ServerError, match=f"could pass max_requests={max_requests}"):
+                asked.send([[call(f"{before}+{i}")] for i in range(20)])
+            found.append(server.requests - before)
+        return found
+
+    assert start(2, 4) == [3, 3]  # the other two of the four had nothing to ask
+    assert start(1, 1) == [6]
+    assert start(4, 4) == [0] * 4
+    assert start(1, 2, max_requests=20) == [4]
+    other = Client(config(server, max_requests=1), cache=tmp_path / "cache.sqlite", run="other")
+    assert other.send([[call("1+2")]])[0][0] is not None
+
+
+def test_servers_of_two_teachers_do_not_answer_for_each_other_though_their_models_have_one_name(server, tmp_path):
+    near, far = (
+        Client(config(server), cache=tmp_path / "cache.sqlite", run="run", name=name) for name in ("near", "far")
+    )
+    near.send([[call("1+2")]])
+    far.send([[call("1+2")]])
+    assert server.requests == 2
 
 
 def test_a_lost_reply_counts_in_the_budget_as_much_as_it_can_have_cost(server, tmp_path):

@@ -82,7 +82,7 @@ def test_a_real_server_whose_chat_begins_anew_is_found_out_before_anything_is_lo
     writer = ServerWriter(config, Client(config, cache=tmp_path / "c.sqlite", run="r"), None)
     prompt = Prompt(row=0, messages=(Message(role="user", content="12+34-5+9-70"),), token_ids=(1,))
     with pytest.raises(ServerError, match=r"begins anew .* continuation='prefill'. Use another one: completions"):
-        writer.check(prompt)
+        writer.check(prompt, continues=True)
 
 
 def test_omni_learns_from_a_real_server_and_a_repeated_run_pays_nothing(real, tmp_path, train_file):
@@ -249,6 +249,19 @@ def test_a_server_that_ignores_n_is_found_out_at_start(server, tmp_path, train_f
         build(parse_recipe(omni_run(tmp_path / "run", train_file, server.url)))
 
 
+@pytest.mark.parametrize("kind", ["rewrite", "sequence"])
+def test_a_server_without_n_that_continues_nothing_is_good_enough_where_whole_texts_are_asked_for(
+    kind, server, tmp_path, train_file
+):
+    inner = server.reply
+    server.reply = lambda path, body: inner(path, body | {"n": 1})
+    # this server begins anew after a last assistant message
+    teacher = {"type": kind, "teacher": served(server.url, continuation="prefill", tokenizer=None)}
+    tree = miniature_recipe(tmp_path / "run", train_file, teacher=teacher, objective={"type": "nll"}, max_steps=1)
+    build(parse_recipe(tree))
+    assert server.requests == 1
+
+
 @pytest.mark.parametrize("bad", [1, 2, 3])
 def test_a_check_at_start_that_fails_says_what_the_server_said(bad, server, tmp_path, train_file):
     server.fault = lambda number: "400" if number == bad else None
@@ -272,6 +285,15 @@ def test_a_server_that_was_changed_is_checked_again_on_resume(server, tmp_path, 
     server.reply = lambda path, body: inner(path, body | {"n": 1})
     with pytest.raises(ServerError, match="set many_samples: false"):
         build(parse_recipe(tree | {"resume_from_checkpoint": "latest"}))
+
+
+def test_a_run_folder_that_was_moved_keeps_its_account(server, tmp_path, train_file):
+    teacher = {"max_requests": 3}
+    build(parse_recipe(omni_run(tmp_path / "one", train_file, server.url, teacher=teacher)))
+    assert server.requests == 3
+    (tmp_path / "one").rename(tmp_path / "two")
+    with pytest.raises(ServerError, match="could pass max_requests=3"):
+        build(parse_recipe(omni_run(tmp_path / "two", train_file, server.url, teacher=teacher)))
 
 
 def test_a_run_goes_on_without_the_chunks_it_lost(server, tmp_path, train_file):

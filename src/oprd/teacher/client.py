@@ -28,6 +28,7 @@ from oprd.errors import ConfigError, ServerError
 from oprd.types import Tally
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+BUDGETS = ("max_requests", "max_tokens", "max_cost")
 REFUSED_QUESTIONS = frozenset({400, 413, 422})
 """Statuses that say something of one question, such as one too long for the server; the others hold for every one."""
 
@@ -81,18 +82,33 @@ class _BadReplyError(Exception):
 
 @final
 class Client:
-    """Sends the calls of a step. One for a run and process; `run` names its account in the cache file."""
+    """Sends the calls of a step. One for a teacher, by its `name` in the recipe, and process.
+
+    `run` tells apart the accounts of runs that share a cache file.
+    """
 
     def __init__(
-        self, config: ServerTeacherConfig, *, cache: Path, run: str, processes: int = 1, seed: int = 0
+        self,
+        config: ServerTeacherConfig,
+        *,
+        cache: Path,
+        run: str,
+        name: str = "",
+        rank: int = 0,
+        processes: int = 1,
+        seed: int = 0,
     ) -> None:
         self._config = config
         self._key = _read_key(config)
         self._cache = cache
-        self._run = run
-        self._processes = processes
+        self._account = (run, name, rank)
+        # one server can know different weights by one name, and so can two servers
+        self._asked = [config.model, name] if name else config.model
         self._seed = seed
         self._counts: Counter[str] = Counter()
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(cache, timeout=60.0)) as database:
+            self._limits = _limits(config, _Book(database, self._account), processes)
 
     def send(self, chains: Sequence[Sequence[Call]]) -> list[list[Reply | None]]:
         """The reply to every call; None where it was lost. The calls of a chain go one after the other, chains side by side.
@@ -138,11 +154,10 @@ class Client:
         )
 
     async def _send(self, chains: Sequence[Sequence[Call]], counts: Counter[str], *, cached: bool) -> _Outcome:
-        self._cache.parent.mkdir(parents=True, exist_ok=True)
         keyed = self._keys(chains)
         with closing(sqlite3.connect(self._cache, timeout=60.0)) as database:
-            book = _Book(database, self._run)
-            step = _Step(self._config, self._key, book, self._processes, counts, cached=cached)
+            book = _Book(database, self._account)
+            step = _Step(self._config, self._key, book, self._limits, counts, cached=cached)
             async with openai.AsyncOpenAI(
                 base_url=self._config.base_url,
                 api_key=self._key or "none",
@@ -162,9 +177,7 @@ class Client:
         for chain in chains:
             keyed.append([])
             for call in chain:
-                content = json.dumps(
-                    [self._config.model, call.endpoint, call.body, call.samples, self._seed], sort_keys=True
-                )
+                content = json.dumps([self._asked, call.endpoint, call.body, call.samples, self._seed], sort_keys=True)
                 digest = hashlib.sha256(f"{content}#{seen[content]}".encode()).digest()
                 seen[content] += 1
                 # 31 bits: what every server takes as a seed
@@ -173,28 +186,35 @@ class Client:
 
 
 class _Book:
-    """The cache file: answers by key, and what each run has spent."""
+    """The cache file: answers by key, and what each run has spent on each teacher in each process."""
 
-    def __init__(self, database: sqlite3.Connection, run: str) -> None:
+    def __init__(self, database: sqlite3.Connection, account: tuple[str, str, int]) -> None:
         self._database = database
-        self._run = run
+        self._account = account
         database.execute("PRAGMA journal_mode=WAL")
         with database:
             database.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
             database.execute(
-                "CREATE TABLE IF NOT EXISTS spent (run TEXT PRIMARY KEY, requests INTEGER NOT NULL, "
-                "prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL)"
+                "CREATE TABLE IF NOT EXISTS accounts (run TEXT, teacher TEXT, rank INTEGER, requests INTEGER NOT NULL, "
+                "prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, PRIMARY KEY (run, teacher, rank))"
             )
-            database.execute("INSERT OR IGNORE INTO spent VALUES (?, 0, 0, 0)", (run,))
+            database.execute("INSERT OR IGNORE INTO accounts VALUES (?, ?, ?, 0, 0, 0)", account)
 
     def find(self, key: str) -> Reply | None:
         row = self._database.execute("SELECT reply FROM answers WHERE key = ?", (key,)).fetchone()
         return None if row is None else _reply_from(json.loads(row[0]))
 
     def spent(self) -> tuple[int, int, int]:
-        """Requests, prompt tokens and completion tokens of this run, over all its starts."""
-        columns = "requests, prompt_tokens, completion_tokens"
-        return self._database.execute(f"SELECT {columns} FROM spent WHERE run = ?", (self._run,)).fetchone()
+        """Requests, prompt tokens and completion tokens of this process, over all its starts."""
+        return self._sums("run = ? AND teacher = ? AND rank = ?", self._account)
+
+    def spent_by_all(self) -> tuple[int, int, int]:
+        """The same of all processes that this run ever had."""
+        return self._sums("run = ? AND teacher = ?", self._account[:2])
+
+    def _sums(self, which: str, values: tuple[str | int, ...]) -> tuple[int, int, int]:
+        columns = "SUM(requests), SUM(prompt_tokens), SUM(completion_tokens)"
+        return self._database.execute(f"SELECT {columns} FROM accounts WHERE {which}", values).fetchone()
 
     def spend(self, *, requests: int = 0, prompt_tokens: int = 0, completion_tokens: int = 0) -> None:
         with self._database:
@@ -211,9 +231,9 @@ class _Book:
 
     def _spend(self, requests: int, prompt_tokens: int, completion_tokens: int) -> None:
         self._database.execute(
-            "UPDATE spent SET requests = requests + ?, prompt_tokens = prompt_tokens + ?, "
-            "completion_tokens = completion_tokens + ? WHERE run = ?",
-            (requests, prompt_tokens, completion_tokens, self._run),
+            "UPDATE accounts SET requests = requests + ?, prompt_tokens = prompt_tokens + ?, "
+            "completion_tokens = completion_tokens + ? WHERE run = ? AND teacher = ? AND rank = ?",
+            (requests, prompt_tokens, completion_tokens, *self._account),
         )
 
 
@@ -225,7 +245,7 @@ class _Step:
         config: ServerTeacherConfig,
         key: str | None,
         book: _Book,
-        processes: int,
+        limits: tuple[float | None, ...],
         counts: Counter[str],
         *,
         cached: bool,
@@ -235,10 +255,7 @@ class _Step:
         self._book = book
         self._counts = counts
         self._cached = cached
-        # every process gets an equal part of each budget, so that none has to know what the others spend
-        self._limits = [
-            None if x is None else x / processes for x in (config.max_requests, config.max_tokens, config.max_cost)
-        ]
+        self._limits = limits
         self._free = asyncio.Semaphore(config.concurrency)
         self._settled = asyncio.Condition()
         self._under_way: Counter[str] = Counter()
@@ -403,9 +420,8 @@ class _Step:
         requests, prompt, completion = self._book.spent()
         prompt += self._under_way["prompt_tokens"] + call.most_prompt_tokens
         completion += self._under_way["completion_tokens"] + call.most_completion_tokens
-        would = (requests + 1, prompt + completion, _cost(config, prompt, completion))
-        names = ("max_requests", "max_tokens", "max_cost")
-        for name, value, limit in zip(names, would, self._limits, strict=True):
+        would = _amounts(config, requests + 1, prompt, completion)
+        for name, value, limit in zip(BUDGETS, would, self._limits, strict=True):
             if limit is not None and value > limit:
                 return f"{name}={getattr(config, name)}"
         return None
@@ -512,6 +528,24 @@ def _retry_after(headers: Mapping[str, str]) -> float:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except ValueError:
         return 0.0
+
+
+def _limits(config: ServerTeacherConfig, book: _Book, processes: int) -> tuple[float | None, ...]:
+    """How much of each budget this process may have spent: what it has, and an equal part of what is left for all, so that
+    none has to know what the others spend from here on."""
+    budgets = (config.max_requests, config.max_tokens, config.max_cost)
+    everyone, own = _amounts(config, *book.spent_by_all()), _amounts(config, *book.spent())
+    return tuple(
+        None if budget is None else mine + (budget - spent) / processes
+        for budget, spent, mine in zip(budgets, everyone, own, strict=True)
+    )
+
+
+def _amounts(
+    config: ServerTeacherConfig, requests: int, prompt_tokens: int, completion_tokens: int
+) -> tuple[float, float, float]:
+    """In the units of BUDGETS."""
+    return requests, prompt_tokens + completion_tokens, _cost(config, prompt_tokens, completion_tokens)
 
 
 def _cost(config: ServerTeacherConfig, prompt_tokens: int, completion_tokens: int) -> float:

@@ -49,13 +49,14 @@ class ServerWriter(Writer):
         self._tokenizer = tokenizer
         self._restarted, self._continued = 0, 0
 
-    def check(self, prompt: Prompt) -> None:
-        """Ask a little before anything is loaded. Raises ServerError when the server is not there, gives another number of
-        samples than asked for, or begins its answer anew instead of going on with one."""
+    def check(self, prompt: Prompt, *, continues: bool) -> None:
+        """Ask a little before anything is loaded. Raises ServerError when the server does not answer, and for a writer that
+        `continues`, when it gives one sample for several or begins its answer anew instead of going on with one."""
         question = Ask(messages=self.conversation(prompt), max_tokens=PROBE_TOKENS, temperature=0.0)
-        samples = 2 if self._config.many_samples else 1
+        samples = 2 if continues and self._config.many_samples else 1
         self._probe(replace(question, samples=samples, max_tokens=4, temperature=1.0))
-        self._check_continues(question)
+        if continues:
+            self._check_continues(question)
 
     def write(self, chains: Sequence[Sequence[Ask]]) -> list[list[Written | None]]:
         if self._config.many_samples:

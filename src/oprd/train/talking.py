@@ -108,7 +108,10 @@ def connect(
         client = Client(
             config,
             cache=folder.teacher_cache if config.cache is None else Path(config.cache),
-            run=f"{folder.path.resolve()} {name} {rank}",
+            # the file in the run folder is this run's alone, wherever the folder is moved
+            run="" if config.cache is None else str(folder.path.resolve()),
+            name=name,
+            rank=rank,
             processes=processes,
             seed=recipe.seed,
         )
@@ -122,7 +125,7 @@ def connect(
         if member is not config or omni_term(recipe) is not None:
             writer = ServerWriter(config, client, tokenizer)
             asked = next((prompt for prompt in prompts if name in {"", prompt.teacher}), prompts[0])
-            writer.check(asked)
+            writer.check(asked, continues=member is config)
         found[name] = Served(writer=writer, scorer=scorer)
     return found
 
