@@ -209,6 +209,9 @@ class FaultyServer:
             reply = self.reply(handler.path, body)
         if fault == "fewer":
             reply["choices"] = reply["choices"][:-1]
+        if fault and fault.startswith("ends: "):
+            reason = json.loads(fault.removeprefix("ends: "))
+            reply["choices"] = [choice | {"finish_reason": reason} for choice in reply["choices"]]
         if fault == "longer":
             reply["usage"]["completion_tokens"] += 1000
         content = json.dumps(reply).encode()

@@ -161,6 +161,47 @@ def test_a_model_that_the_server_does_not_know_stops_the_run_at_the_first_questi
 
 
 @pytest.mark.parametrize(
+    ("reason", "finished"),
+    [("stop", True), ("eos_token", True), ("end_turn", True), ("length", False), ("model_length", False)],
+)
+def test_a_text_is_finished_only_if_the_model_ended_it(reason, finished, server, tmp_path):
+    server.fault = lambda number: f"ends: {json.dumps(reason)}"
+    ((reply,),) = client(server, tmp_path).send([[call("1+2", samples=2)]])
+    assert [choice.finished for choice in reply.choices] == [finished] * 2
+
+
+@pytest.mark.parametrize("reason", ["content_filter", "tool_calls", "abort"])
+def test_a_reply_that_was_withheld_or_broken_off_is_lost_and_not_asked_for_again(reason, server, tmp_path):
+    server.fault = lambda number: f"ends: {json.dumps(reason)}" if number == 1 else None
+    asked = client(server, tmp_path, concurrency=1)
+    replies = asked.send([[call("1+2"), call("3+4")]])
+    assert [reply is None for reply in replies[0]] == [True, False]
+    assert server.requests == 2
+    server.fault = lambda number: f"ends: {json.dumps(reason)}"
+    with pytest.raises(ServerError, match=rf"finish_reason '{reason}'"):
+        client(server, tmp_path).send([[call("5+6")]])
+
+
+def test_without_a_reason_only_a_lone_text_shorter_than_asked_for_is_taken_as_finished(server, tmp_path):
+    server.fault = lambda number: "ends: null"
+    asked = client(server, tmp_path)
+
+    def finished(samples: int, max_tokens: int) -> list[bool]:
+        messages = [{"role": "user", "content": "12+34-5"}]
+        chat = Call(
+            endpoint="chat",
+            body={"messages": messages, "max_tokens": max_tokens, "temperature": 1.0, "n": samples},
+            samples=samples, most_prompt_tokens=100, most_completion_tokens=samples * max_tokens,
+        )  # fmt: skip
+        ((reply,),) = asked.send([[chat]])
+        return [choice.finished for choice in reply.choices]
+
+    assert finished(1, 200) == [True]
+    assert finished(1, 2) == [False]
+    assert finished(2, 200) == [False, False]
+
+
+@pytest.mark.parametrize(
     ("retry_after", "least"),
     [("1.2", 1.2), ("0", 0.5), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.5), ("soon", 0.5)],
 )

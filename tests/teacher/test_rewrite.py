@@ -154,7 +154,7 @@ def test_a_cut_completion_keeps_its_cut_unless_the_teacher_ends_it(judge):
 
 def test_a_sequence_teacher_puts_its_own_completions_in_place_of_the_students():
     tokenizer = load_miniature("teacher").tokenizer
-    writer = Scripted([said("46"), said("123456", finished=False), None])
+    writer = Scripted([said("46"), said("123456", finished=False), None, said(" \n")])
     teacher = SequenceTeacher(
         config=SequenceTeacherConfig(teacher=None),
         writer=writer,
@@ -163,10 +163,11 @@ def test_a_sequence_teacher_puts_its_own_completions_in_place_of_the_students():
         local=None,
         max_tokens=4,
     )
-    after = teacher.prepare(rollouts(tokenizer, ["1", "2", "3"]))
-    assert [decode(tokenizer, ids, special=True) for ids in after.completion_ids] == ["46<|end|>", "1234", ""]
-    assert after.finished == (True, False, False)
-    assert [type(answer) for answer in after.answers] == [type(None), type(None), Lost]
+    after = teacher.prepare(rollouts(tokenizer, ["1", "2", "3", "4"]))
+    assert [decode(tokenizer, ids, special=True) for ids in after.completion_ids] == ["46<|end|>", "1234", "", ""]
+    assert after.finished == (True, False, False, False)
+    assert after.answers == (None, None, Lost(reason="no_reply"), Lost(reason="empty"))
+    assert told(teacher)["sequence/lost/sum"] == 2
 
 
 def steps(folder) -> list[dict[str, float]]:

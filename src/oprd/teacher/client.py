@@ -28,6 +28,9 @@ from oprd.errors import ConfigError, ServerError
 from oprd.types import Tally
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+ENDED = frozenset({"stop", "stop_sequence", "eos", "eos_token", "end_turn"})
+CUT = frozenset({"length", "max_tokens", "model_length"})
+"""`finish_reason` of a text that the model ended, and of one that a limit cut. Any other one loses the reply."""
 BUDGETS = ("max_requests", "max_tokens", "max_cost")
 REFUSED_QUESTIONS = frozenset({400, 413, 422})
 """Statuses that say something of one question, such as one too long for the server; the others hold for every one."""
@@ -53,7 +56,7 @@ class Choice:
 
     text: str
     finished: bool
-    """False: cut at the length limit."""
+    """False: cut at the length limit, or maybe cut."""
     logprobs: Any
     """As the server gave them: `prompt_logprobs`, or `logprobs` of an echoed prompt; None if not asked for."""
 
@@ -74,8 +77,9 @@ _Outcome = tuple[list[list[Reply | None]], Counter[str]]
 class _BadReplyError(Exception):
     """The server answered with something that is not the asked-for reply. The tokens are those it says it used."""
 
-    def __init__(self, what: str, *, prompt_tokens: int = 0, completion_tokens: int = 0) -> None:
+    def __init__(self, what: str, *, prompt_tokens: int = 0, completion_tokens: int = 0, final: bool = False) -> None:
         super().__init__(what)
+        self.final = final
         self.prompt_tokens = prompt_tokens
         self.completion_tokens = completion_tokens
 
@@ -366,7 +370,7 @@ class _Step:
         except _BadReplyError as error:
             may_have_cost = True
             most = (max(most[0], error.prompt_tokens), max(most[1], error.completion_tokens))
-            raise _FaultError(str(error)) from None
+            raise _FaultError(str(error), final=error.final) from None
         finally:
             if may_have_cost:
                 # the server may have written it all: the budget counts the most it can have cost
@@ -480,13 +484,14 @@ def _read_reply(text: str, call: Call) -> Reply:
     """Raises _BadReplyError for anything but the whole reply that was asked for."""
     try:
         reply = json.loads(text)
-        choices = tuple(_read_choice(choice, call) for choice in reply["choices"])
+        texts = [_read_text(choice, call) for choice in reply["choices"]]
         usage = reply.get("usage") or {}
         prompt = int(usage.get("prompt_tokens", call.most_prompt_tokens))
         completion = int(usage.get("completion_tokens", call.most_completion_tokens))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise _BadReplyError("a reply that is not the JSON it should be") from None
     bad = partial(_BadReplyError, prompt_tokens=prompt, completion_tokens=completion)
+    choices = reply["choices"]
     if not choices:
         raise bad("an empty reply")
     if len(choices) != call.samples:
@@ -494,16 +499,29 @@ def _read_reply(text: str, call: Call) -> Reply:
         raise bad(f"{len(choices)} samples for the {call.samples} asked for{advice}")
     if completion > call.most_completion_tokens:
         raise bad(f"a longer reply than asked for ({completion} tokens)")
-    return Reply(choices=choices, prompt_tokens=prompt, completion_tokens=completion)
+    reasons = [None if (reason := choice.get("finish_reason")) is None else str(reason) for choice in choices]
+    other = next((reason for reason in reasons if reason is not None and reason not in ENDED | CUT), None)
+    if other is not None:
+        raise bad(f"a reply that neither ended nor was cut (finish_reason {other!r})", final=True)
+    # without a reason, a lone text shorter than the limit was not cut by it; of several, nobody knows which one is short
+    ended = len(choices) == 1 and completion < call.most_completion_tokens
+    # vLLM answers an echo in both forms
+    form = "prompt_logprobs" if "prompt_logprobs" in call.body else "logprobs"
+    return Reply(
+        choices=tuple(
+            Choice(text=text, finished=ended if reason is None else reason in ENDED, logprobs=choice.get(form))
+            for choice, text, reason in zip(choices, texts, reasons, strict=True)
+        ),
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+    )
 
 
-def _read_choice(choice: Mapping[str, Any], call: Call) -> Choice:
+def _read_text(choice: Mapping[str, Any], call: Call) -> str:
     text = choice["text"] if call.endpoint == "completions" else choice["message"]["content"] or ""
     if not isinstance(text, str):
         raise TypeError(text)
-    # vLLM answers an echo in both forms
-    logprobs = choice.get("prompt_logprobs" if "prompt_logprobs" in call.body else "logprobs")
-    return Choice(text=text, finished=choice["finish_reason"] != "length", logprobs=logprobs)
+    return text
 
 
 def _reply_from(row: Any) -> Reply:

@@ -192,8 +192,9 @@ class SequenceTeacher(WritingTeacher):
             for prompt in rollouts.prompts
         ]
         answers = [row[0] for row in self.writer.write([[ask] for ask in asks])]
-        ids = [self._ids(answer) for answer in answers]
-        lost = [answer is None for answer in answers]
+        reasons = ["no_reply" if answer is None else None if answer.texts[0].strip() else "empty" for answer in answers]
+        lost = [reason is not None for reason in reasons]
+        ids = [() if gone else self._ids(answer) for answer, gone in zip(answers, lost, strict=True)]
         lengths = [len(row) for row, gone in zip(ids, lost, strict=True) if not gone]
         self._tallies = (
             Tally(name="sequence/length/mean", total=float(sum(lengths)), of=float(len(lengths))),
@@ -204,7 +205,7 @@ class SequenceTeacher(WritingTeacher):
             rollouts,
             completion_ids=tuple(ids),
             finished=tuple(bool(row) and row[-1] == self.stop for row in ids),
-            answers=tuple(Lost(reason="no_reply") if gone else None for gone in lost) if any(lost) else None,
+            answers=tuple(Lost(reason=reason) if reason else None for reason in reasons) if any(lost) else None,
         )
 
     def _ids(self, answer: Written | None) -> tuple[int, ...]:
