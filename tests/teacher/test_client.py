@@ -73,6 +73,23 @@ def test_equal_calls_of_a_step_are_different_draws_and_the_same_step_again_is_no
     assert server.requests == 6
 
 
+def test_what_was_done_is_counted_until_it_is_read_and_once(server, tmp_path):
+    asked = client(server, tmp_path)
+    asked.send([[call("1+2")]])
+    asked.send([[call("1+2")], [call("3+4")]])
+    told = counts(asked)
+    assert (told["requests"], told["cache_hits"], told["prompt_tokens"]) == (2, 1, 6)
+    assert set(counts(asked).values()) == {0}
+
+
+def test_what_was_lost_before_is_no_part_of_a_steps_share(server, tmp_path):
+    server.fault = lambda number: "400" if number in {1, 2} else None
+    asked = client(server, tmp_path, concurrency=1)
+    asked.send([[call(f"{i}+2")] for i in range(4)])
+    asked.send([[call(f"{i}+3")] for i in range(2)])
+    assert counts(asked)["lost"] == 2
+
+
 def test_another_model_temperature_or_length_is_another_question(server, tmp_path):
     client(server, tmp_path).send([[call("1+2")]])
     client(server, tmp_path).send([[call("1+2", max_tokens=5)]])

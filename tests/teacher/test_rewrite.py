@@ -132,6 +132,17 @@ def test_the_rewriting_teacher_sees_the_problem_and_the_completion(judge):
     assert (ask.prefix, ask.samples, ask.temperature) == ("", 1, 0.3)
 
 
+def test_a_placeholder_that_is_no_column_is_reported_under_its_own_key(judge):
+    tokenizer = load_miniature("teacher").tokenizer
+    teacher = rewriting(Scripted([]), judge, tokenizer, rewrite_prompt="{prompt} {completion} {solution}")
+    (prompt,) = rollouts(tokenizer, ["1"]).prompts
+    with pytest.raises(DataError, match=r"rewrite_prompt asks for \{solution\}, the dataset has completion, prompt"):
+        teacher.check_prompts([prompt])
+    teacher = rewriting(Scripted([], system_prompt="{style}"), judge, tokenizer)
+    with pytest.raises(DataError, match=r"system_prompt asks for \{style\}"):
+        teacher.writer.conversation(prompt)
+
+
 def test_a_cut_completion_keeps_its_cut_unless_the_teacher_ends_it(judge):
     """What is learned on is what was sampled, without an end that nobody wrote, or a rewriting with the teacher's end."""
     tokenizer = load_miniature("teacher").tokenizer

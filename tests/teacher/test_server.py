@@ -221,6 +221,8 @@ def test_combinations_that_make_no_sense_are_refused_by_the_recipe(tmp_path, tra
     refused("give `tokenizer`", teacher=served("http://host/v1", tokenizer=None))
     refused("max_cost needs price", teacher=served("http://host/v1", max_cost=1.0))
     refused("must contain {completion}", teacher={"type": "rewrite", "teacher": local, "rewrite_prompt": "shorter!"})
+    templated = served("http://host/v1", prompt_template="{problem}")
+    refused("drop its prompt_template", teacher={"type": "rewrite", "teacher": templated}, objective={"type": "nll"})
     refused("redraw has no meaning", objective={"type": "opd", "redraw": True})
     refused("give embedding_model", objective={"type": "omni_opd", "similarity": "embedding"})
 
@@ -367,6 +369,38 @@ def test_omni_combines_with_another_term_lora_and_several_teachers(server, tmp_p
         assert row["teacher_far/requests/sum"] > 0
         assert row["train/omni_opd/mean"] != 0
         assert row["train/reverse_kl/mean"] > 0
+
+
+def test_a_server_that_continues_and_scores_is_reported_with_all_that_it_was_asked(server, tmp_path, train_file):
+    mixture = {"type": "mixture", "terms": [OMNI, {"type": "opd", "estimator": "sampled"}]}
+    tree = omni_run(tmp_path / "run", train_file, server.url, objective=mixture, max_steps=2)
+    run_recipe(parse_recipe(tree))
+    rows = metrics(tmp_path / "run")
+    checks = 1 + 3
+    assert sum(row["teacher/requests/sum"] for row in rows) == server.requests - checks
+
+
+def test_two_teachers_that_rewrite_are_reported_together(server, tmp_path):
+    data = tmp_path / "d.jsonl"
+    rows = [{"problem": f"{i}1+2-{i}", "teacher": name} for i, name in enumerate(["near", "far"] * 2, start=1)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    teachers = {name: {"type": "rewrite", "teacher": served(server.url)} for name in ("near", "far")}
+    tree = miniature_recipe(
+        tmp_path / "run",
+        data,
+        teacher={"type": "several", "teachers": teachers},
+        objective={"type": "nll"},
+        max_steps=1,
+        prompts_per_step=4,
+    )
+    run_recipe(parse_recipe(tree))
+    (row,) = metrics(tmp_path / "run")
+    asked = row["teacher_near/requests/sum"] + row["teacher_far/requests/sum"]
+    assert row["teacher_near/requests/sum"] == row["teacher_far/requests/sum"]
+    rejected = sum(value for name, value in row.items() if name.startswith("rewrite/") and name.endswith("/sum"))
+    assert rejected + row["rewrite/kept/share"] * asked == asked == server.requests - 2
+    assert "rollout/accuracy/share" not in row  # no prompt has an answer
+    assert "teacher_near/restarted/share" not in row  # nothing was continued
 
 
 def test_a_local_teacher_of_another_tokenizer_can_be_asked_for_text(tmp_path, train_file):

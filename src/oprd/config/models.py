@@ -180,6 +180,11 @@ class RewritingTeacherConfig:
     def __post_init__(self) -> None:
         if "{completion}" not in self.rewrite_prompt:
             raise ConfigError("rewrite_prompt must contain {completion}, the text to rewrite")
+        if isinstance(self.teacher, ServerTeacherConfig) and self.teacher.prompt_template is not None:
+            raise ConfigError(
+                "under 'rewrite' a server is asked by rewrite_prompt alone: drop its prompt_template, or put it into "
+                "rewrite_prompt"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

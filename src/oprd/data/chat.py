@@ -12,16 +12,16 @@ from oprd.types import Message
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
-def fill(template: str, columns: Mapping[str, str]) -> str:
+def fill(template: str, columns: Mapping[str, str], *, key: str = "prompt_template") -> str:
     """`template` with each `{column}` replaced. Other braces, such as LaTeX's `\\boxed{}`, stay as they are.
 
-    Raises DataError for a placeholder that is not a column.
+    Raises DataError for a placeholder that is not a column, naming the recipe's `key` of the template.
     """
 
     def value(match: re.Match[str]) -> str:
         if match[1] not in columns:
             raise DataError(
-                f"prompt_template asks for {{{match[1]}}}, the dataset has {', '.join(sorted(columns)) or 'no text columns'}"
+                f"{key} asks for {{{match[1]}}}, the dataset has {', '.join(sorted(columns)) or 'no text columns'}"
             )
         return columns[match[1]]
 
@@ -40,7 +40,7 @@ def with_prompt(
         turns[last] = Message(role="user", content=fill(prompt_template, columns))
     if system_prompt is not None:
         turns = [turn for turn in turns if turn.role != "system"]
-        turns.insert(0, Message(role="system", content=fill(system_prompt, columns)))
+        turns.insert(0, Message(role="system", content=fill(system_prompt, columns, key="system_prompt")))
     return tuple(turns)
 
 

@@ -186,7 +186,12 @@ class AuditTeacher(Teacher):
         )
 
     def tallies(self) -> tuple[Tally, ...]:
-        return self._tallies
+        writers = [
+            replace(tally, name=tally.name.replace("teacher/", f"teacher_{name}/", 1) if name else tally.name)
+            for name, writer in self._writers.items()
+            for tally in writer.tallies()
+        ]
+        return (*self._tallies, *writers, *(self._answering.tallies() if self._answering is not None else ()))
 
     def targets(self, rollouts: Rollouts, readings: Iterable[Reading], *, head: bool) -> TeacherTargets:
         readings = tuple(readings)
@@ -303,11 +308,6 @@ class AuditTeacher(Teacher):
         tokens = float(sum(rollouts.lengths))
         answers = [answer for row in written for answer in row]
         similarities = [s for row in alike for chunk in row for s in chunk]
-        writers = [
-            replace(tally, name=tally.name.replace("teacher/", f"teacher_{name}/", 1) if name else tally.name)
-            for name, writer in self._writers.items()
-            for tally in writer.tallies()
-        ]
         self._tallies = (
             Tally(name="omni/audited/share", total=len(targets) * self._config.chunk_tokens, of=tokens),
             Tally(name="omni/similarity/mean", total=sum(similarities), of=float(len(similarities))),
@@ -316,8 +316,6 @@ class AuditTeacher(Teacher):
             Tally(name="omni/entropy/mean", total=float(sum(s.entropy.sum() for s in seen)), of=tokens),
             Tally(name="omni/anchor_kl/mean", total=float(sum(s.anchor_kl.sum() for s in seen)), of=tokens),
             Tally(name="omni/teacher_tokens/mean", total=sum(a.tokens for a in answers if a is not None), of=tokens),
-            *writers,
-            *(self._answering.tallies() if self._answering is not None else ()),
         )
 
 

@@ -18,7 +18,8 @@ class Teacher(ABC):
         return rollouts
 
     def tallies(self) -> tuple[Tally, ...]:
-        """What the last `prepare` has to report in the step's metrics; the same names on every process at every step."""
+        """What `prepare` has to report in the step's metrics, read once a step; the same names on every process at every
+        step. Equal names are added up."""
         return ()
 
     def comparable(self, rollouts: Rollouts, readings: Iterable[Reading]) -> tuple[Reading, ...]:

@@ -121,9 +121,9 @@ class Client:
         the budget would be passed, more than `max_lost_share` of the replies were lost. Replies under way are waited for
         first, and kept.
         """
-        self._counts = Counter()
+        before = self._counts["lost"]
         replies, reasons = _in_thread(self._send(chains, self._counts, cached=True))
-        lost = self._counts["lost"]
+        lost = self._counts["lost"] - before
         asked = sum(map(len, replies))
         allowed = self._config.max_lost_share
         if lost > allowed * asked:
@@ -148,8 +148,9 @@ class Client:
         return reply
 
     def tallies(self) -> tuple[Tally, ...]:
-        """What the last `send` did."""
+        """What was sent since this was last read: whoever shares the client, nothing is reported twice or left out."""
         counts, config = self._counts, self._config
+        self._counts = Counter()
         cost = _cost(config, counts["prompt_tokens"], counts["completion_tokens"])
         names = ("requests", "retries", "cache_hits", "lost", "prompt_tokens", "completion_tokens")
         return (

@@ -80,7 +80,7 @@ class WritingTeacher(Teacher):
             self.local.check_prompts(prompts)
 
     def tallies(self) -> tuple[Tally, ...]:
-        return self._tallies
+        return (*self._tallies, *self.writer.tallies())
 
     def targets(self, rollouts: Rollouts, readings: Iterable[Reading], *, head: bool) -> TeacherTargets:
         return TextTargets() if self.local is None else self.local.targets(rollouts, readings, head=head)
@@ -146,7 +146,7 @@ class RewritingTeacher(WritingTeacher):
 
     def _question(self, prompt: Prompt, completion: str) -> Ask:
         columns = dict(prompt.columns) | {"prompt": prompt.messages[-1].content, "completion": completion}
-        turns = [Message(role="user", content=fill(self.config.rewrite_prompt, columns))]
+        turns = [Message(role="user", content=fill(self.config.rewrite_prompt, columns, key="rewrite_prompt"))]
         if self.writer.system_prompt is not None:
             turns.insert(0, Message(role="system", content=self.writer.system_prompt))
         return Ask(messages=tuple(turns), max_tokens=self.max_tokens, temperature=self.config.sampling_temperature)
@@ -168,7 +168,6 @@ class RewritingTeacher(WritingTeacher):
                 of=float(len(kept)),
             ),
             *(Tally(name=f"rewrite/{reason}/sum", total=counts[reason]) for reason in REASONS),
-            *self.writer.tallies(),
         )
 
 
@@ -199,7 +198,6 @@ class SequenceTeacher(WritingTeacher):
         self._tallies = (
             Tally(name="sequence/length/mean", total=float(sum(lengths)), of=float(len(lengths))),
             Tally(name="sequence/lost/sum", total=sum(lost)),
-            *self.writer.tallies(),
         )
         return replace(
             rollouts,

@@ -54,7 +54,7 @@ class Writer(ABC):
 
     @abstractmethod
     def tallies(self) -> tuple[Tally, ...]:
-        """What the last `write` has to report."""
+        """What `write` has to report, read once a step."""
 
     def conversation(self, prompt: Prompt) -> tuple[Message, ...]:
         """The prompt as this teacher reads it."""

@@ -10,7 +10,7 @@ from oprd.train.build import Run
 from oprd.train.health import Health, health_from_sums, health_readings, health_sample, measure
 from oprd.train.processes import gather
 from oprd.train.update import Update, student_batch
-from oprd.types import HiddenTargets, Rollouts
+from oprd.types import HiddenTargets, Rollouts, Tally
 
 SAMPLES_PER_STEP = 2
 
@@ -34,12 +34,19 @@ def step_metrics(run: Run, update: Update, health: Health | None, rollouts: Roll
         "rollout/length/mean": generated / completions,
         "rollout/truncated/share": truncated / completions,
         "rollout/empty/share": empties / completions,
-        **{
-            tally.name: total if tally.of is None else total / max(of, 1.0)
-            for tally, total, of in zip(tallies, told[::2], told[1::2], strict=True)
-        },
+        **add_up(tallies, told[::2], told[1::2]),
         **(health.metrics() if health is not None else {}),
     }
+
+
+def add_up(tallies: Sequence[Tally], totals: Sequence[float], parts: Sequence[float]) -> dict[str, float]:
+    """The tallies by name, equal names (of several teachers) added up; a share of nothing is left out."""
+    sums: dict[str, tuple[float, float]] = {}
+    for tally, total, of in zip(tallies, totals, parts, strict=True):
+        total_before, of_before = sums.get(tally.name, (0.0, 0.0))
+        sums[tally.name] = total_before + total, of_before + of
+    plain = {tally.name for tally in tallies if tally.of is None}
+    return {name: total if name in plain else total / of for name, (total, of) in sums.items() if name in plain or of}
 
 
 def term_names(objectives: Sequence[Objective]) -> tuple[str, ...]:
