@@ -42,6 +42,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "omni-no-anchor": {"objective": OMNI | {"anchor": 0.0}, "learning_rate": 3e-4},
     "omni-random": {"objective": OMNI | {"audit": "random"}, "learning_rate": 3e-4},
     "omni-no-prior": {"objective": OMNI | {"prior": 0.0}, "learning_rate": 3e-4},
+    # three chunks are 60% of a completion, wherever they lie; one is where the choice can show
+    "omni-one-chunk": {"objective": OMNI | {"chunks": 1}, "learning_rate": 3e-4},
+    "omni-one-random-chunk": {"objective": OMNI | {"chunks": 1, "audit": "random"}, "learning_rate": 3e-4},
     "sampled": {"objective": {"type": "opd", "estimator": "sampled"}, "learning_rate": 4e-4},
     # a completion has about 36 tokens, its audit 3 x 6 x 8: four times the prompts for as many teacher tokens
     "sequence": {"objective": NLL, "learning_rate": 3e-4, "prompts_per_step": 96, "writes": {"type": "sequence"}},
