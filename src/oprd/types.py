@@ -308,6 +308,10 @@ class MicroBatch:
         """The selected sampled tokens' ids."""
         return pack(self.input_ids, self.completion_mask(tokens))
 
+    def selected(self, tokens: TokenSelection) -> Bool[Tensor, " N"]:
+        """Of all sampled tokens, as a server or an audit numbers them, which are selected."""
+        return pack(self.completion_mask(tokens), self.completion_mask(TokenSelection(keep="all")))
+
     def following(self, tokens: TokenSelection) -> tuple[Int[Tensor, " N"], Bool[Tensor, " N"]]:
         """Of each selected token, paired or not, the id of the one written next, and whether there is one."""
         written = self.written_mask(TokenSelection(keep="all"))

@@ -9,7 +9,8 @@ import pytest
 
 from oprd.config.models import ServerTeacherConfig
 from oprd.errors import ConfigError, ServerError
-from oprd.teacher.client import Call, Client
+from oprd.teacher.client import Client
+from oprd.teacher.reply import Call
 from serving import TEACHER, FaultyServer
 
 SECRET = "sk-very-secret-0123456789"

@@ -33,10 +33,7 @@ from oprd.types import (
     TeacherTargets,
     TokenSelection,
     TopKTargets,
-    pack,
 )
-
-ALL = TokenSelection(keep="all")
 
 EXACT = {"reverse_kl": reference.reverse_kl, "forward_kl": reference.forward_kl, "jsd": reference.jsd}
 SAMPLED = {
@@ -105,7 +102,7 @@ class OutputKL(Objective):
 
     def _served(self, student: States, teacher: TeacherTargets) -> Divergence:
         """The divergence from what a server says, which covers every token of the completions, by token number."""
-        selected = pack(student.batch.completion_mask(self.tokens), student.batch.completion_mask(ALL))
+        selected = student.batch.selected(self.tokens)
         if isinstance(teacher, SampledTargets):
             ids, given = student.batch.sampled_ids(self.tokens), teacher.logprobs[selected]
             sampled = partial(SAMPLED[self._config.divergence], **_weight(self._config))

@@ -18,9 +18,7 @@ from oprd.kernels.chunked import head_divergence
 from oprd.kernels.reference import forward_kl, token_logprobs
 from oprd.objectives.base import Objective
 from oprd.objectives.stale import ImportanceWeights
-from oprd.types import ChunkTargets, Reading, Rollouts, States, Tally, TokenSelection, pack
-
-ALL = TokenSelection(keep="all")
+from oprd.types import ChunkTargets, Reading, Rollouts, States, Tally, TokenSelection
 
 
 @final
@@ -47,7 +45,7 @@ class OmniOPD(Objective):
         assert student.head is not None
         ids = student.batch.sampled_ids(self.tokens)
         hidden = student.hidden[self._reading]
-        selected = pack(student.batch.completion_mask(self.tokens), student.batch.completion_mask(ALL))
+        selected = student.batch.selected(self.tokens)
         audited, scores = teacher.audited[selected], teacher.scores[selected]
         weights = self._importance.of(student, self._reading)
         if weights is not None:

@@ -16,72 +16,23 @@ from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, final
 
 import openai
 
 from oprd.config.models import ServerTeacherConfig
 from oprd.errors import ConfigError, ServerError
+from oprd.teacher.book import BUDGETS, Book, amounts, cost_of, limits_of
+from oprd.teacher.reply import BadReplyError, Call, Reply, read_reply
 from oprd.types import Tally
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
-ENDED = frozenset({"stop", "stop_sequence", "eos", "eos_token", "end_turn"})
-CUT = frozenset({"length", "max_tokens", "model_length"})
-"""`finish_reason` of a text that the model ended, and of one that a limit cut. Any other one loses the reply."""
-BUDGETS = ("max_requests", "max_tokens", "max_cost")
 REFUSED_QUESTIONS = frozenset({400, 413, 422})
 """Statuses that say something of one question, such as one too long for the server; the others hold for every one."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """One request."""
-
-    endpoint: Literal["completions", "chat"]
-    body: Mapping[str, Any]
-    """As JSON, without the model's name."""
-    samples: int
-    """Choices the reply must have."""
-    most_prompt_tokens: int
-    """An upper bound, for the budget."""
-    most_completion_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """One of a reply's answers."""
-
-    text: str
-    finished: bool
-    """False: cut at the length limit, or maybe cut."""
-    logprobs: Any
-    """As the server gave them: `prompt_logprobs`, or `logprobs` of an echoed prompt; None if not asked for."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
-    """A whole and well-formed reply."""
-
-    choices: tuple[Choice, ...]
-    prompt_tokens: int
-    completion_tokens: int
-
-
 _Outcome = tuple[list[list[Reply | None]], Counter[str]]
 """The replies, and how often each reason lost one."""
-
-
-class _BadReplyError(Exception):
-    """The server answered with something that is not the asked-for reply. The tokens are those it says it used."""
-
-    def __init__(self, what: str, *, prompt_tokens: int = 0, completion_tokens: int = 0, final: bool = False) -> None:
-        super().__init__(what)
-        self.final = final
-        self.prompt_tokens = prompt_tokens
-        self.completion_tokens = completion_tokens
 
 
 @final
@@ -112,7 +63,7 @@ class Client:
         self._counts: Counter[str] = Counter()
         cache.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(cache, timeout=60.0)) as database:
-            self._limits = _limits(config, _Book(database, self._account), processes)
+            self._limits = limits_of(config, Book(database, self._account), processes)
 
     def send(self, chains: Sequence[Sequence[Call]]) -> list[list[Reply | None]]:
         """The reply to every call; None where it was lost. The calls of a chain go one after the other, chains side by side.
@@ -151,7 +102,7 @@ class Client:
         """What was sent since this was last read: whoever shares the client, nothing is reported twice or left out."""
         counts, config = self._counts, self._config
         self._counts = Counter()
-        cost = _cost(config, counts["prompt_tokens"], counts["completion_tokens"])
+        cost = cost_of(config, counts["prompt_tokens"], counts["completion_tokens"])
         names = ("requests", "retries", "cache_hits", "lost", "prompt_tokens", "completion_tokens")
         return (
             *(Tally(name=f"teacher/{name}/sum", total=counts[name]) for name in names),
@@ -161,7 +112,7 @@ class Client:
     async def _send(self, chains: Sequence[Sequence[Call]], counts: Counter[str], *, cached: bool) -> _Outcome:
         keyed = self._keys(chains)
         with closing(sqlite3.connect(self._cache, timeout=60.0)) as database:
-            book = _Book(database, self._account)
+            book = Book(database, self._account)
             step = _Step(self._config, self._key, book, self._limits, counts, cached=cached)
             async with openai.AsyncOpenAI(
                 base_url=self._config.base_url,
@@ -190,58 +141,6 @@ class Client:
         return keyed
 
 
-class _Book:
-    """The cache file: answers by key, and what each run has spent on each teacher in each process."""
-
-    def __init__(self, database: sqlite3.Connection, account: tuple[str, str, int]) -> None:
-        self._database = database
-        self._account = account
-        database.execute("PRAGMA journal_mode=WAL")
-        with database:
-            database.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
-            database.execute(
-                "CREATE TABLE IF NOT EXISTS accounts (run TEXT, teacher TEXT, rank INTEGER, requests INTEGER NOT NULL, "
-                "prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, PRIMARY KEY (run, teacher, rank))"
-            )
-            database.execute("INSERT OR IGNORE INTO accounts VALUES (?, ?, ?, 0, 0, 0)", account)
-
-    def find(self, key: str) -> Reply | None:
-        row = self._database.execute("SELECT reply FROM answers WHERE key = ?", (key,)).fetchone()
-        return None if row is None else _reply_from(json.loads(row[0]))
-
-    def spent(self) -> tuple[int, int, int]:
-        """Requests, prompt tokens and completion tokens of this process, over all its starts."""
-        return self._sums("run = ? AND teacher = ? AND rank = ?", self._account)
-
-    def spent_by_all(self) -> tuple[int, int, int]:
-        """The same of all processes that this run ever had."""
-        return self._sums("run = ? AND teacher = ?", self._account[:2])
-
-    def _sums(self, which: str, values: tuple[str | int, ...]) -> tuple[int, int, int]:
-        columns = "SUM(requests), SUM(prompt_tokens), SUM(completion_tokens)"
-        return self._database.execute(f"SELECT {columns} FROM accounts WHERE {which}", values).fetchone()
-
-    def spend(self, *, requests: int = 0, prompt_tokens: int = 0, completion_tokens: int = 0) -> None:
-        with self._database:
-            self._spend(requests, prompt_tokens, completion_tokens)
-
-    def charge(self, reply: Reply, *, store_as: str | None) -> None:
-        """Charge an answer's tokens and keep it under its key if it has one, both or neither."""
-        choices = [[c.text, c.finished, c.logprobs] for c in reply.choices]
-        text = json.dumps([choices, reply.prompt_tokens, reply.completion_tokens])
-        with self._database:
-            if store_as is not None:
-                self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (store_as, text))
-            self._spend(0, reply.prompt_tokens, reply.completion_tokens)
-
-    def _spend(self, requests: int, prompt_tokens: int, completion_tokens: int) -> None:
-        self._database.execute(
-            "UPDATE accounts SET requests = requests + ?, prompt_tokens = prompt_tokens + ?, "
-            "completion_tokens = completion_tokens + ? WHERE run = ? AND teacher = ? AND rank = ?",
-            (requests, prompt_tokens, completion_tokens, *self._account),
-        )
-
-
 class _Step:
     """The calls of one `send`, or of a probe without the cache."""
 
@@ -249,7 +148,7 @@ class _Step:
         self,
         config: ServerTeacherConfig,
         key: str | None,
-        book: _Book,
+        book: Book,
         limits: tuple[float | None, ...],
         counts: Counter[str],
         *,
@@ -352,7 +251,7 @@ class _Step:
         try:
             async with asyncio.timeout(limit):
                 text = await _post(api, self._config.model, seed, call)
-            return _read_reply(text, call)
+            return read_reply(text, call)
         except (TimeoutError, openai.APITimeoutError):
             may_have_cost = True
             raise _FaultError(f"no reply within request_timeout_s={limit:g}") from None
@@ -368,7 +267,7 @@ class _Step:
         except asyncio.CancelledError:
             may_have_cost = True
             raise
-        except _BadReplyError as error:
+        except BadReplyError as error:
             may_have_cost = True
             most = (max(most[0], error.prompt_tokens), max(most[1], error.completion_tokens))
             raise _FaultError(str(error), final=error.final) from None
@@ -425,7 +324,7 @@ class _Step:
         requests, prompt, completion = self._book.spent()
         prompt += self._under_way["prompt_tokens"] + call.most_prompt_tokens
         completion += self._under_way["completion_tokens"] + call.most_completion_tokens
-        would = _amounts(config, requests + 1, prompt, completion)
+        would = amounts(config, requests + 1, prompt, completion)
         for name, value, limit in zip(BUDGETS, would, self._limits, strict=True):
             if limit is not None and value > limit:
                 return f"{name}={getattr(config, name)}"
@@ -481,59 +380,6 @@ async def _post(api: openai.AsyncOpenAI, model: str, seed: int, call: Call) -> s
     return raw.text if isinstance(raw.text, str) else raw.text()
 
 
-def _read_reply(text: str, call: Call) -> Reply:
-    """Raises _BadReplyError for anything but the whole reply that was asked for."""
-    try:
-        reply = json.loads(text)
-        texts = [_read_text(choice, call) for choice in reply["choices"]]
-        usage = reply.get("usage") or {}
-        prompt = int(usage.get("prompt_tokens", call.most_prompt_tokens))
-        completion = int(usage.get("completion_tokens", call.most_completion_tokens))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise _BadReplyError("a reply that is not the JSON it should be") from None
-    bad = partial(_BadReplyError, prompt_tokens=prompt, completion_tokens=completion)
-    choices = reply["choices"]
-    if not choices:
-        raise bad("an empty reply")
-    if len(choices) != call.samples:
-        advice = "; set many_samples: false if the server takes no `n`" if len(choices) == 1 else ""
-        raise bad(f"{len(choices)} samples for the {call.samples} asked for{advice}")
-    if completion > call.most_completion_tokens:
-        raise bad(f"a longer reply than asked for ({completion} tokens)")
-    reasons = [None if (reason := choice.get("finish_reason")) is None else str(reason) for choice in choices]
-    other = next((reason for reason in reasons if reason is not None and reason not in ENDED | CUT), None)
-    if other is not None:
-        raise bad(f"a reply that neither ended nor was cut (finish_reason {other!r})", final=True)
-    # without a reason, a lone text shorter than the limit was not cut by it; of several, nobody knows which one is short
-    ended = len(choices) == 1 and completion < call.most_completion_tokens
-    # vLLM answers an echo in both forms
-    form = "prompt_logprobs" if "prompt_logprobs" in call.body else "logprobs"
-    return Reply(
-        choices=tuple(
-            Choice(text=text, finished=ended if reason is None else reason in ENDED, logprobs=choice.get(form))
-            for choice, text, reason in zip(choices, texts, reasons, strict=True)
-        ),
-        prompt_tokens=prompt,
-        completion_tokens=completion,
-    )
-
-
-def _read_text(choice: Mapping[str, Any], call: Call) -> str:
-    text = choice["text"] if call.endpoint == "completions" else choice["message"]["content"] or ""
-    if not isinstance(text, str):
-        raise TypeError(text)
-    return text
-
-
-def _reply_from(row: Any) -> Reply:
-    choices, prompt_tokens, completion_tokens = row
-    return Reply(
-        choices=tuple(Choice(text=text, finished=finished, logprobs=logprobs) for text, finished, logprobs in choices),
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-    )
-
-
 def _retry_after(headers: Mapping[str, str]) -> float:
     """Seconds the server asks to wait, by a number or a date; 0 if it does not."""
     value = headers.get("retry-after")
@@ -547,31 +393,6 @@ def _retry_after(headers: Mapping[str, str]) -> float:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except ValueError:
         return 0.0
-
-
-def _limits(config: ServerTeacherConfig, book: _Book, processes: int) -> tuple[float | None, ...]:
-    """How much of each budget this process may have spent: what it has, and an equal part of what is left for all, so that
-    none has to know what the others spend from here on."""
-    budgets = (config.max_requests, config.max_tokens, config.max_cost)
-    everyone, own = _amounts(config, *book.spent_by_all()), _amounts(config, *book.spent())
-    return tuple(
-        None if budget is None else mine + (budget - spent) / processes
-        for budget, spent, mine in zip(budgets, everyone, own, strict=True)
-    )
-
-
-def _amounts(
-    config: ServerTeacherConfig, requests: int, prompt_tokens: int, completion_tokens: int
-) -> tuple[float, float, float]:
-    """In the units of BUDGETS."""
-    return requests, prompt_tokens + completion_tokens, _cost(config, prompt_tokens, completion_tokens)
-
-
-def _cost(config: ServerTeacherConfig, prompt_tokens: int, completion_tokens: int) -> float:
-    return (
-        prompt_tokens * config.price_per_million_prompt_tokens
-        + completion_tokens * config.price_per_million_completion_tokens
-    ) / 1e6
 
 
 def _read_key(config: ServerTeacherConfig) -> str | None:

@@ -12,7 +12,8 @@ from oprd.data.chat import decode, encode, render, with_prompt
 from oprd.errors import ServerError
 from oprd.models import PROBE_TEXTS
 from oprd.teacher.base import Teacher
-from oprd.teacher.client import Call, Client, Reply
+from oprd.teacher.client import Client
+from oprd.teacher.reply import Call, Reply
 from oprd.teacher.similarity import edit_similarity
 from oprd.teacher.writer import Ask, Writer, Written
 from oprd.types import (
