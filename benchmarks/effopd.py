@@ -6,10 +6,12 @@ of the steps on one thread, searches and their judging included, evaluations not
 on from its checkpoint.
 """
 
+import fcntl
 import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,14 +28,13 @@ from oprd.demo.run import MODELS, evaluation_options
 from oprd.demo.task import sums, write_jsonl
 from oprd.train import log
 from oprd.train.run import run_recipe
-from oprd.train.run_folder import describe_machine, read_jsonl
+from oprd.train.run_folder import describe_machine, read_jsonl, write_atomically
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "effopd"
 RESULTS = ROOT / "benchmarks" / "results" / "effopd.json"
-FIGURE = ROOT / "docs" / "fewer_steps.svg"
 STEPS, EVERY = 100, 10
-PLAIN_STEPS = {"2.5e-5": 240, "1.25e-5": 240}
+PLAIN_STEPS = {"1e-4": 160, "5e-5": 160, "2.5e-5": 240, "1.25e-5": 240}
 """Of plain runs at a learning rate at which 100 steps lead nowhere."""
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "oprd": {"type": "oprd", "tokens": "all"},
@@ -44,6 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     # searches: as published, and with what is ours
     "paper": {"extrapolation": {"type": "effopd"}},
+    "paired": {"extrapolation": {"type": "effopd", "accept": "paired"}},
     "objective": {"extrapolation": {"type": "effopd", "score": "objective", "accept": "paired"}},
     "averaged": {
         "extrapolation": {
@@ -65,6 +67,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "every": 8,
         }
     },
+    "settled": {
+        "extrapolation": {
+            "type": "effopd",
+            "score": "objective",
+            "accept": "paired",
+            "validation_prompts": 16,
+            "factors": [0.5, 1.0, 2.0, 4.0, 8.0],
+            "triggers": "settled",
+            "every": 8,
+        }
+    },
     # rollouts: a quarter of the length throughout, and growing to the whole
     "short16": {"rollout": {"max_completion_length": 16}},
     "growing": {"rollout": {"length_schedule": {"type": "linear", "start": 8, "steps": 80}}},
@@ -72,7 +85,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "first16": {"objective": {"tokens": "first_k", "k": 16}},
     # four updates with each rollout
     "stale4": {"rollout": {"updates_per_rollout": 4}},
+    "one_prompt": {"data": {"limit": 1}},
 }
+SEARCHES, SCHEDULES = ("plain", "paper", "small", "averaged"), ("plain", "short16", "growing", "first16", "stale4")
+FIGURES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "fewer_steps.svg": (("oprd-2.5e-5-64", "kl-1.25e-5-64", "sampled-1.25e-5-64"), SEARCHES),
+    "fewer_steps_best_rate.svg": (("oprd-4e-3-64", "kl-1e-3-64", "sampled-8e-4-64"), SEARCHES),
+    "rollout_schedules.svg": (("oprd-1e-3-64", "kl-4e-4-64", "sampled-4e-4-64"), (*SCHEDULES, "one_prompt")),
+}
+"""Settings and variants drawn in docs/."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +144,7 @@ def recipe_of(arm: Arm, train: Path, held_out: Path) -> Recipe:
     return parse_recipe(tree | {key: tree.get(key, {}) | change for key, change in changes.items()})
 
 
-def measure(arm: Arm, folder: Path) -> dict[str, Any]:
+def measure(folder: Path) -> dict[str, Any]:
     """Accuracy against steps, seconds of training and generated tokens."""
     rows = read_jsonl(folder / "metrics.jsonl")
     seconds, tokens = [0.0], [0]
@@ -212,13 +233,15 @@ def rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 1)
 
 
-def draw(arms: dict[str, dict[str, Any]], settings: list[str], variants: list[str], out: Path) -> None:
+def draw(arms: dict[str, dict[str, Any]], settings: Sequence[str], variants: Sequence[str], out: Path) -> None:
     """Accuracy against steps, seconds and generated tokens, mean over seeds: a row for each setting."""
     rows = []
     for setting in settings:
         found = {v: [arm for name, arm in arms.items() if name.startswith(f"{setting}-{v}-")] for v in variants}
         named = {f"{variant} ({len(runs)})": runs for variant, runs in found.items() if runs}
-        colours = {name: COLOURS[variants.index(name.rsplit(" ", 1)[0]) % len(COLOURS)] for name in named}
+        if not named:
+            continue
+        colours = {name: COLOURS[variants.index(name.rsplit(" ", 1)[0])] for name in named}
         row = []
         for against in ("step", "seconds", "generated_tokens"):
             lines = {name: curve(runs, against) for name, runs in named.items()}
@@ -226,7 +249,23 @@ def draw(arms: dict[str, dict[str, Any]], settings: list[str], variants: list[st
             label = against.replace("_", " ")
             row.append(Chart(title=setting, x_label=label, lines=lines, colours=colours, low=0.2, high=high))
         rows.append(row)
-    write_charts(rows, out)
+    if rows:
+        write_charts(rows, out)
+
+
+def keep(name: str, arm: dict[str, Any]) -> None:
+    """Into the results, alone with the file: arms may run side by side."""
+    with (RUNS / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        arms = finished() | {name: arm}
+        table = {"summary": summarize(arms), "arms": arms, "machine": describe_machine()}
+        write_atomically(RESULTS, json.dumps(table) + "\n")
+        for figure, (settings, variants) in FIGURES.items():
+            draw(arms, settings, variants, ROOT / "docs" / figure)
+
+
+def finished() -> dict[str, dict[str, Any]]:
+    return json.loads(RESULTS.read_text())["arms"] if RESULTS.is_file() else {}
 
 
 def main(names: list[str]) -> None:
@@ -239,19 +278,11 @@ def main(names: list[str]) -> None:
     write_jsonl(train, sums(4000, seed=1, held_out=False))
     write_jsonl(held_out, sums(200, seed=2, held_out=True))
     for name in names:
-        known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"arms": {}}
-        if name in known["arms"]:
-            continue
-        arm = arm_of(name)
-        done = run_recipe(recipe_of(arm, train, held_out))
-        # read again: arms may run side by side
-        known = {"arms": json.loads(RESULTS.read_text())["arms"] if RESULTS.is_file() else {}}
-        known["arms"][name] = measure(arm, done.run_folder)
-        summary = summarize(known["arms"])
-        settings = sorted({name.rsplit("-", 2)[0] for name in known["arms"]})
-        draw(known["arms"], settings, list(VARIANTS), FIGURE)
-        RESULTS.write_text(json.dumps({"summary": summary, **known, "machine": describe_machine()}) + "\n")
-        print(name, list(zip(known["arms"][name]["step"], known["arms"][name]["accuracy"], strict=True)), flush=True)
+        if name not in finished():
+            done = run_recipe(recipe_of(arm_of(name), train, held_out))
+            arm = measure(done.run_folder)
+            keep(name, arm)
+            print(name, list(zip(arm["step"], arm["accuracy"], strict=True)), flush=True)
 
 
 if __name__ == "__main__":
