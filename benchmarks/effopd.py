@@ -136,7 +136,7 @@ def recipe_of(arm: Arm, train: Path, held_out: Path) -> Recipe:
         "lr_scheduler_type": "constant",
         "warmup_ratio": 0.0,
         "health_tokens": 0,
-        "save_steps": 16,
+        "save_steps": 8,
         "save_total_limit": 100,
         "seed": arm.seed,
         "resume_from_checkpoint": "latest",

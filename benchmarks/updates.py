@@ -1,0 +1,72 @@
+"""How straight the plain runs of effopd.py were, and how early they knew where to go: `python benchmarks/updates.py ARM ...`.
+
+Each arm must have been trained on this machine by effopd.py, whose run folder keeps a checkpoint every 8 steps. What
+`oprd diagnose updates` finds goes, as means over weight matrices, to benchmarks/results/updates.json.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chart import COLOURS, Chart, write_charts
+from effopd import RUNS
+from oprd.diagnose.updates import diagnose_updates
+from oprd.train.run_folder import describe_machine, write_atomically
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "updates.json"
+FIGURE = ROOT / "docs" / "updates.svg"
+MEASURES = {
+    "cosine": "cosine with the final update",
+    "subspace_cosine": "cosine of the top 4 directions",
+    "top_energy": "energy in the top 4 directions",
+}
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """By checkpoint, the mean over matrices of every measure; and "go far early"."""
+    table = json.loads(diagnose_updates(folder).read_text(encoding="utf-8"))
+    steps = sorted({row["step"] for row in table["matrices"]})
+    at = {step: [row for row in table["matrices"] if row["step"] == step] for step in steps}
+    return {
+        "step": steps,
+        **{key: [round(sum(row[key] for row in at[s]) / len(at[s]), 4) for s in steps] for key in MEASURES},
+        "norm": [round(sum(row["norm"] ** 2 for row in at[s]) ** 0.5, 4) for s in steps],
+        "far_early": table["far_early"][0],
+    }
+
+
+def draw(arms: dict[str, dict[str, Any]]) -> None:
+    """Each measure against the step, mean over seeds: a line for each objective and rate."""
+    settings = sorted({name.rsplit("-", 3)[0] for name in arms})
+    row = []
+    for key, title in MEASURES.items():
+        lines = {}
+        for setting in settings:
+            found = [arm for name, arm in arms.items() if name.rsplit("-", 3)[0] == setting]
+            lines[f"{setting} ({len(found)})"] = (
+                found[0]["step"],
+                [sum(values) / len(found) for values in zip(*(arm[key] for arm in found), strict=True)],
+            )
+        colours = dict(zip(lines, COLOURS, strict=False))
+        row.append(Chart(title=title, x_label="step", lines=lines, colours=colours, low=0.0, high=1.0))
+    write_charts([row], FIGURE)
+
+
+def main(names: list[str]) -> None:
+    if not names:
+        sys.exit("name at least one arm that effopd.py trained, such as oprd-2.5e-5-64-plain-0")
+    torch.set_num_threads(1)
+    arms = json.loads(RESULTS.read_text())["arms"] if RESULTS.is_file() else {}
+    for name in names:
+        arms[name] = measure(RUNS / name)
+        write_atomically(RESULTS, json.dumps({"arms": arms, "machine": describe_machine()}) + "\n")
+        draw(arms)
+        print(name, arms[name]["far_early"], flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
