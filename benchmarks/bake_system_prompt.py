@@ -47,7 +47,7 @@ def measure(run: Run) -> dict[str, float | list[float]]:
         some = rollouts.take(range(start, min(start + BATCH, len(rollouts))))
         targets = run.teacher.targets(some, [reading], head=True)
         batch = collate([p.token_ids for p in some.prompts], some.completion_ids, pad_id=0, device=run.lm.device)
-        run.model.eval()
+        run.stage.model.eval()
         states = run.read(batch, [reading], True)
         p = logits(states.hidden[reading], states.head)
         q = logits(targets.hidden[reading], targets.head)

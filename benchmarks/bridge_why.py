@@ -53,10 +53,10 @@ def completions(run: Run) -> Rollouts:
 
 
 def gradient(run: Run) -> Tensor:
-    rollouts, (objective,) = completions(run), run.objectives
+    rollouts, (objective,) = completions(run), run.stage.objectives
     for micro in split_by_tokens(rollouts, run.recipe.micro_batch_tokens):
-        targets = run.teacher.targets(micro, run.teacher_readings, head=run.teacher_head)
-        (values,) = run.model(student_batch(run, micro), targets)
+        targets = run.teacher.targets(micro, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head)
+        (values,) = run.stage.model(student_batch(run, micro), targets)
         (values.sum() / objective.divisor(rollouts)).backward()
     found = torch.cat([weight.grad.flatten() for weight in run.lm.core.model.layers.parameters()])
     return found / found.norm()
@@ -64,12 +64,12 @@ def gradient(run: Run) -> Tensor:
 
 @torch.no_grad()
 def wrong_next_tokens(run: Run) -> dict[str, float]:
-    (objective,) = run.objectives
+    (objective,) = run.stage.objectives
     assert isinstance(objective, Bridge)
     right = {p.problem: completion(p) for p in sums(HELD_OUT_PROBLEMS, seed=2, held_out=True)}
     counts = torch.zeros(5, dtype=torch.float64)
     for micro in split_by_tokens(completions(run), run.recipe.micro_batch_tokens):
-        targets = run.teacher.targets(micro, run.teacher_readings, head=run.teacher_head)
+        targets = run.teacher.targets(micro, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head)
         assert isinstance(targets, HiddenTargets)
         batch = student_batch(run, micro)
         states = read_states(run.lm, batch, objective.readings, head=True)

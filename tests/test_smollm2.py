@@ -61,13 +61,13 @@ def fixed(smollm2) -> tuple[tuple[int, ...], ...]:
 def loss(run: Run, rollouts: Rollouts) -> float:
     """The weighted loss on these rollouts. For the sampled estimator, whose value is a signed difference of
     log-probabilities, half its square: on given tokens that is what its gradient descends."""
-    targets = run.teacher.targets(rollouts, run.readings, head=run.teacher_head)
+    targets = run.teacher.targets(rollouts, run.stage.distill.readings, head=run.stage.distill.teacher_head)
     prompts = [prompt.token_ids for prompt in rollouts.prompts]
     batch = collate(prompts, rollouts.completion_ids, pad_id=0, device=torch.device("cpu"))
-    values = run.model.eval()(batch, targets)
+    values = run.stage.model.eval()(batch, targets)
     sampled = isinstance(run.recipe.objective, OutputKLConfig) and run.recipe.objective.estimator == "sampled"
     terms = [value.square() / 2 if sampled else value for value in values]
-    return sum(o.coefficient * float(term.mean()) for o, term in zip(run.objectives, terms, strict=True))
+    return sum(o.coefficient * float(term.mean()) for o, term in zip(run.stage.objectives, terms, strict=True))
 
 
 @pytest.mark.slow
@@ -112,7 +112,7 @@ def test_a_quantized_teacher_answers_nearly_as_the_whole_one(
     teacher = {"type": "local", "model": str(smollm2), "dtype": "float32", "quantization": quantization}
     run = build(parse_recipe(tree(smollm2, dapo, tmp_path / "run", teacher=teacher)))
     rollouts = Rollouts(prompts=run.prompts[:2], completion_ids=fixed, finished=(False, False))
-    *_, reading = run.readings
+    *_, reading = run.stage.distill.readings
     assert layer in {type(module).__name__ for module in run.teacher.lm.model.modules()}
     answer = run.teacher.targets(rollouts, [reading], head=False).hidden[reading].float()
     whole = run.read(

@@ -227,12 +227,12 @@ def test_the_loss_between_projections_by_hand(bridge):
 def test_the_target_in_the_students_space_is_its_own_state_moved_to_the_teachers_coordinates(bridge, prompts, tmp_path):
     objective = {"layers": "last", "rank": 5, "trust": 0.0, "sharpen": False}
     run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, objective)))
-    found = run.objectives[0]
+    found = run.stage.objectives[0]
     rollouts = run.teacher.prepare(as_rendered(run.lm, rollouts_of(run.lm, ["12+34=46", "9"])))
     assert (found.supervised(rollouts), rollouts.supervised(found.tokens)) == ((8, 1), (7, 1))
     assert found.weights(rollouts) == (1.0, 1.0)
     assert found.divisor(rollouts) == 9
-    targets = run.teacher.targets(rollouts, run.teacher_readings, head=run.teacher_head)
+    targets = run.teacher.targets(rollouts, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head)
     batch = collate_student(rollouts, pad_id=0, device=run.lm.device)
     theirs, before = (targets.hidden[reading] for reading in found.teacher_readings)
     paired, _ = found.moved(batch, targets)
@@ -259,14 +259,14 @@ def test_the_target_in_the_students_space_is_its_own_state_moved_to_the_teachers
 
 def test_the_target_is_made_as_sure_as_the_teacher_is(bridge, prompts, tmp_path):
     run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, {"rank": "full", "trust": 0.0})))
-    found = run.objectives[0]
+    found = run.stage.objectives[0]
     rollouts = run.teacher.prepare(as_rendered(run.lm, rollouts_of(run.lm, ["12+34=46\n46-5=42\n\\boxed{43}", "9"])))
     weight = run.lm.core.lm_head.weight.detach().clone()
     with torch.no_grad():
         run.lm.core.lm_head.weight.mul_(2.0)  # the head at start is what counts, not the one that has moved
-    assert run.teacher_head
-    assert not run.uses_head
-    targets = run.teacher.targets(rollouts, run.teacher_readings, head=run.teacher_head)
+    assert run.stage.distill.teacher_head
+    assert not run.stage.distill.uses_head
+    targets = run.teacher.targets(rollouts, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head)
     batch = collate_student(rollouts, pad_id=0, device=run.lm.device)
     paired, _ = found.moved(batch, targets)
     theirs, ours = found._of_teacher[3], found.readings[3]
@@ -293,14 +293,14 @@ def test_the_target_is_made_as_sure_as_the_teacher_is(bridge, prompts, tmp_path)
 def test_through_the_head_the_loss_is_the_reverse_kl_to_what_the_head_said_before_training(bridge, prompts, tmp_path):
     objective = {"layers": "last", "loss": "reverse_kl", "coefficient": 1.0}
     run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, objective)))
-    assert run.uses_head
-    (found,) = run.objectives
+    assert run.stage.distill.uses_head
+    (found,) = run.stage.objectives
     before = run.lm.core.lm_head.weight.detach().clone()
     rollouts = run.teacher.prepare(as_rendered(run.lm, rollouts_of(run.lm, ["12+34=46\n46-5=42", "9"])))
     batch = collate_student(rollouts, pad_id=0, device=run.lm.device)
     with torch.no_grad():
         run.lm.core.lm_head.weight.add_(torch.randn_like(before), alpha=0.01)
-    targets = run.teacher.targets(rollouts, run.teacher_readings, head=run.teacher_head)
+    targets = run.teacher.targets(rollouts, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head)
     states = read_states(run.lm, batch, found.readings, head=True)
     values = found.per_token(states, targets)
     (wanted,) = found.wanted(batch, targets)
@@ -315,7 +315,7 @@ def test_through_the_head_the_loss_is_the_reverse_kl_to_what_the_head_said_befor
     # nothing learned yet, nothing to keep: unpaired tokens start at zero
     with torch.no_grad():
         run.lm.core.lm_head.weight.copy_(before)
-    targets = run.teacher.targets(rollouts, run.teacher_readings, head=run.teacher_head)
+    targets = run.teacher.targets(rollouts, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head)
     states = read_states(run.lm, batch, found.readings, head=True)
     moved, _ = found.moved(batch, targets)
     values = found.per_token(states, targets)
@@ -342,8 +342,8 @@ def test_a_pair_that_only_an_unlikely_token_made_is_dropped(bridge, prompts, tmp
     assert rollouts.answers[0].student == (0, 1, 2, 4, 5, 6, 7)  # 34 is one piece of the teacher
     assert rollouts.answers[1].student == tuple(range(7))
     batch = collate_student(rollouts, pad_id=0, device=run.lm.device)
-    targets = run.teacher.targets(rollouts, run.teacher_readings, head=run.teacher_head)
-    found = run.objectives[0]
+    targets = run.teacher.targets(rollouts, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head)
+    found = run.stage.objectives[0]
     moved, trusted = found.moved(batch, targets)
     assert moved[:8].tolist() == [True, True, True, False, True, True, True, True]
     early = moved[8:]
@@ -378,9 +378,9 @@ def test_a_truncated_completion_counts_as_the_first_part_of_the_whole(space, bri
     cut = replace(whole, completion_ids=(whole.completion_ids[0][:8],))
     values = []
     for rollouts in map(run.teacher.prepare, (whole, cut)):
-        targets = run.teacher.targets(rollouts, run.teacher_readings, head=run.teacher_head)
+        targets = run.teacher.targets(rollouts, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head)
         batch = collate_student(rollouts, pad_id=0, device=run.lm.device)
-        values.append(run.model(batch, targets)[0].detach())
+        values.append(run.stage.model(batch, targets)[0].detach())
     assert [len(v) for v in values] == ([16, 8] if space == "student" else [15, 7])  # 34 is one piece of the teacher
     assert_close(values[1], values[0][: len(values[1])], atol=1e-4, rtol=1e-4)
 
@@ -388,12 +388,16 @@ def test_a_truncated_completion_counts_as_the_first_part_of_the_whole(space, bri
 def test_the_student_at_start_stays_when_the_student_moves(bridge, prompts, tmp_path):
     run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, {"trust": 0.0})))
     rollouts = run.teacher.prepare(rollouts_of(run.lm, ["12+34=46"]))
-    before = run.teacher.targets(rollouts, run.teacher_readings, head=run.teacher_head).hidden
+    before = run.teacher.targets(
+        rollouts, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head
+    ).hidden
     with torch.no_grad():
         for weight in run.lm.model.model.layers.parameters():
             weight.add_(0.1)
-    after = run.teacher.targets(rollouts, run.teacher_readings, head=run.teacher_head).hidden
-    for reading in run.teacher_readings:
+    after = run.teacher.targets(
+        rollouts, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head
+    ).hidden
+    for reading in run.stage.distill.teacher_readings:
         assert_close(after[reading], before[reading])
 
 
@@ -407,8 +411,8 @@ def test_paired_positions_pack_the_same_text_on_both_sides(bridge, prompts, tmp_
     """The state after 34 is read where either model has read exactly that."""
     run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, {"trust": 0.0})))
     rollouts = run.teacher.prepare(rollouts_of(run.lm, ["12+34=46", "9"]))
-    assert rollouts.supervised(run.objectives[0].tokens) == (7, 1)
-    reading = run.objectives[0].teacher_readings[3]
+    assert rollouts.supervised(run.stage.objectives[0].tokens) == (7, 1)
+    reading = run.stage.objectives[0].teacher_readings[3]
     got = run.teacher.targets(rollouts, [reading], head=False).hidden[reading]
     lm = load_miniature("wide_teacher")
     prompt = lm.tokenizer("<|user|>1+2<|end|><|assistant|>")["input_ids"]
@@ -475,7 +479,7 @@ def test_spans_have_each_models_own_log_probability(prompts, tmp_path):
     """12+34: the span `34` is two tokens of the student and one of the teacher."""
     run = build(parse_recipe(miniature_recipe(tmp_path, prompts, teacher=WIDE, objective=OPD)))
     rollouts = run.teacher.prepare(rollouts_of(run.lm, ["12+34", "5"]))
-    objective = run.objectives[0]
+    objective = run.stage.objectives[0]
     targets = run.teacher.targets(rollouts, objective.teacher_readings, head=True)
     batch = collate_student(rollouts, pad_id=0, device=run.lm.device)
     states = read_states(run.lm, batch, objective.readings, head=True)
@@ -541,7 +545,7 @@ def test_shared_ids_feed_the_teacher_the_students_tokens(prompts, tmp_path):
     run = build(parse_recipe(tree))
     rollouts = run.teacher.prepare(rollouts_of(run.lm, ["12+34"]))
     assert rollouts.answers is None
-    targets = run.teacher.targets(rollouts, run.teacher_readings, head=run.teacher_head)
+    targets = run.teacher.targets(rollouts, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head)
     assert targets.batch.input_ids.tolist() == [[1, 2, *rollouts.completion_ids[0]]]
 
 

@@ -158,8 +158,8 @@ def test_a_cut_completion_is_audited_within_what_was_sampled_and_anchored_as_the
     for answer, length in zip(rollouts.answers, rollouts.lengths, strict=True):
         assert answer.starts
         assert max(answer.starts) + answer.length <= length
-    targets = run.teacher.targets(rollouts, run.teacher_readings, head=True)
-    (values,) = run.model(student_batch(run, rollouts), targets)
+    targets = run.teacher.targets(rollouts, run.stage.distill.teacher_readings, head=True)
+    (values,) = run.stage.model(student_batch(run, rollouts), targets)
     assert len(values) == 29  # no end-of-text
     both = ~targets.audited[:9] & ~targets.audited[20:]
     assert int(both.sum()) > 0
@@ -207,11 +207,11 @@ def test_with_first_k_no_chunk_reaches_beyond(audit, tmp_path, train_file):
 def test_the_anchor_is_the_student_at_start_however_far_it_has_moved(tmp_path, train_file):
     run, _, before, _ = audited(tmp_path, train_file)
     assert told(run)["omni/anchor_kl/mean"] == pytest.approx(0.0, abs=1e-6)
-    at_start = run.teacher.targets(run.teacher.prepare(before), run.readings, head=True).start
+    at_start = run.teacher.targets(run.teacher.prepare(before), run.stage.distill.readings, head=True).start
     with torch.no_grad():
         for parameter in run.lm.model.parameters():
             parameter.mul_(1.2)
-    moved = run.teacher.targets(run.teacher.prepare(before), run.readings, head=True).start
+    moved = run.teacher.targets(run.teacher.prepare(before), run.stage.distill.readings, head=True).start
     assert told(run)["omni/anchor_kl/mean"] > 0.01
-    for reading in run.readings:
+    for reading in run.stage.distill.readings:
         assert_close(at_start.hidden[reading], moved.hidden[reading])

@@ -139,7 +139,7 @@ def test_a_served_teacher_gives_the_targets_of_a_local_one_with_the_same_weights
     run = build(parse_recipe(tree))
     local = build(parse_recipe(miniature_recipe(tmp_path / "local", train_file, objective=objective)))
     rollouts = given_rollouts(run.lm)
-    targets = run.teacher.targets(run.teacher.prepare(rollouts), run.readings, head=True)
+    targets = run.teacher.targets(run.teacher.prepare(rollouts), run.stage.distill.readings, head=True)
     assert isinstance(targets, JointTargets)
     sampled = next(part for part in targets.parts if isinstance(part, SampledTargets))
     top = next(part for part in targets.parts if isinstance(part, TopKTargets))

@@ -42,7 +42,7 @@ def test_served_and_local_targets_agree_to_a_thousandth(form, url, tmp_path, tra
     run = build(parse_recipe(tree))
     local = build(parse_recipe(miniature_recipe(tmp_path / "local", train_file, objective=objective)))
     rollouts = given_rollouts(run.lm)
-    targets = run.teacher.targets(run.teacher.prepare(rollouts), run.readings, head=True)
+    targets = run.teacher.targets(run.teacher.prepare(rollouts), run.stage.distill.readings, head=True)
     sampled = next(part for part in targets.parts if isinstance(part, SampledTargets))
     top = next(part for part in targets.parts if isinstance(part, TopKTargets))
     reading = Reading(block=4, at="prediction", tokens=TokenSelection(keep="all"))

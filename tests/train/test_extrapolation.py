@@ -136,12 +136,12 @@ def test_when_no_candidate_is_accepted_the_step_is_a_plain_one_bit_for_bit(tmp_p
     effopd = extrapolation(ALWAYS, run.lm)
     update_step(run, rollouts_of(run), Clock(torch.device("cpu")))
     plain = {name: value.clone() for name, value in run.lm.model.state_dict().items()}
-    moments = {id(p): [v.clone() for v in state.values()] for p, state in run.optimizer.state.items()}
+    moments = {id(p): [v.clone() for v in state.values()] for p, state in run.stage.optimizer.state.items()}
     found = effopd.after_update(1, scripted(1.0, 0.5))
     assert found is not None
     assert found["accepted"] == 0.0
     assert all(torch.equal(value, plain[name]) for name, value in run.lm.model.state_dict().items())
-    for parameter, state in run.optimizer.state.items():
+    for parameter, state in run.stage.optimizer.state.items():
         assert all(torch.equal(a, b) for a, b in zip(state.values(), moments[id(parameter)], strict=True))
 
 
@@ -312,7 +312,7 @@ def test_the_engine_writes_with_the_accepted_weights(tmp_path, train_file):
         written.append(run.engine.generate(prompts, SAMPLING, seed=3).completion_ids)
         return Scores(values=(float(len(written) <= 3),), tokens=0)
 
-    assert run.extrapolation.after_update(1, score)["accepted"] == 4.0
+    assert run.stage.extrapolation.after_update(1, score)["accepted"] == 4.0
     assert run.engine.generate(prompts, SAMPLING, seed=3).completion_ids == written[2]
     assert written[2] != written[0]
 
@@ -321,13 +321,13 @@ def test_scoring_leaves_no_count_behind_and_draws_alike_for_every_candidate(tmp_
     objective = {"type": "opd", "estimator": "sampled", "redraw": True}
     effopd = {"validation_prompts": 8, "score": "objective"}
     run = build(parse_recipe(miniature_recipe(tmp_path, train_file, objective=objective, extrapolation=effopd)))
-    config = run.extrapolation.config
+    config = run.stage.extrapolation.config
     torch.manual_seed(1)
     state = torch.random.get_rng_state()
     one, two = (validate(run, config, None, SAMPLING, 1) for _ in range(2))
     assert one == two
     assert torch.equal(torch.random.get_rng_state(), state)
-    counting = run.objectives[0]
+    counting = run.stage.objectives[0]
     counting.tallies = lambda: drained.append(1) or ()
     drained: list[int] = []
     validate(run, config, None, SAMPLING, 1)
@@ -407,8 +407,8 @@ from oprd.train.loop import train
 torch.set_num_threads(1)
 run = build(load_recipe(sys.argv[1]))
 train(run)
-held = {n: (w.full_tensor() if hasattr(w, "full_tensor") else w).detach() for n, w in run.extrapolation._weights.items()}
-local = sum(t.to_local().numel() if hasattr(t, "to_local") else t.numel() for t in run.extrapolation.state().values())
+held = {n: (w.full_tensor() if hasattr(w, "full_tensor") else w).detach() for n, w in run.stage.extrapolation._weights.items()}
+local = sum(t.to_local().numel() if hasattr(t, "to_local") else t.numel() for t in run.stage.extrapolation.state().values())
 digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in held.values())).hexdigest()
 out = {"weights": digest, "snapshot": local, "trained": sum(v.numel() for v in held.values())}
 Path(sys.argv[1]).with_name(f"rank-{run.accelerator.process_index}.json").write_text(json.dumps(out))

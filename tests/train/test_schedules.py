@@ -116,7 +116,7 @@ def test_a_step_makes_its_updates_and_resumes_exactly(objective, tmp_path, train
 
     def save_and_die(run, progress):
         real(run, progress)
-        assert {int(state["step"]) for state in run.optimizer.state.values()} == {3 * progress.step}
+        assert {int(state["step"]) for state in run.stage.optimizer.state.values()} == {3 * progress.step}
         raise Interrupted
 
     monkeypatch.setattr(loop, "_save", save_and_die)

@@ -198,7 +198,7 @@ def prepare_fit(recipe: Recipe, given: Given) -> Job:
 
 def refit(run: Run, step: int) -> None:
     """Fit the bridges of the stage again, on fresh rollouts of the student as it is after `step` steps."""
-    for number, bridge in enumerate(run.objectives):
+    for number, bridge in enumerate(run.stage.objectives):
         if not _is_due(bridge, step):
             continue
         both = _both(
@@ -235,7 +235,7 @@ def refit(run: Run, step: int) -> None:
 
 def needs_refit(run: Run, step: int) -> bool:
     """Whether a bridge of the stage is to be fitted again before the update of step `step` + 1."""
-    return any(_is_due(objective, step) for objective in run.objectives)
+    return any(_is_due(objective, step) for objective in run.stage.objectives)
 
 
 def _is_due(objective: object, step: int) -> TypeGuard[Bridge]:

@@ -16,7 +16,7 @@ from oprd.evaluate.run import Evaluation, evaluate, evaluation_from
 from oprd.evaluate.verify import Verifier
 from oprd.objectives.bridge import Bridge
 from oprd.progress import Bar, console, progress_bar
-from oprd.train.build import Run, enter_stage
+from oprd.train.build import Run, enter_next_stage
 from oprd.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from oprd.train.fit_bridge import needs_refit, refit
 from oprd.train.log import Clock, Interrupt, derive_seed, peak_memory_gib
@@ -79,8 +79,8 @@ def train(run: Run) -> Result:
         label, ends = run.folder.path.name, recipe.last_steps()
         bar = stack.enter_context(progress_bar(label, ends[-1], done=progress.step, shown=shown))
         while progress.step < ends[-1]:
-            if progress.step == ends[run.stage]:
-                run = enter_stage(run, run.stage + 1)
+            if progress.step == ends[run.stage.number]:
+                run = enter_next_stage(run)
             if needs_refit(run, progress.step):
                 refit(run, progress.step)
             start = time.perf_counter()
@@ -117,16 +117,16 @@ def _step(run: Run, progress: Progress, bar: Bar, verifier: Verifier | None) -> 
     clock = Clock(run.accelerator.device)
     with clock.section("rollout"):
         written, learned = _rollouts_or_stop(run, progress)
-    if recipe.rollout.updates_per_rollout > 1 and any(o.importance_weighted for o in run.objectives):
+    if recipe.rollout.updates_per_rollout > 1 and any(o.importance_weighted for o in run.stage.objectives):
         with clock.section("update"):
             learned = with_logprobs(run, learned)
-    learning_rate = run.scheduler.get_last_lr()[0]
+    learning_rate = run.stage.scheduler.get_last_lr()[0]
     updates = []
     for number in range(recipe.rollout.updates_per_rollout):
         torch.manual_seed(derive_seed(recipe.seed, "update", step, number, rank))  # dropout
         updates.append(update_step(run, learned, clock))
         if updates[-1].finite:
-            run.scheduler.step()
+            run.stage.scheduler.step()
     update = mean_of(updates)
     progress.skipped_in_a_row = 0 if update.finite else progress.skipped_in_a_row + 1
     progress.skipped_steps += not update.finite
@@ -134,7 +134,7 @@ def _step(run: Run, progress: Progress, bar: Bar, verifier: Verifier | None) -> 
     health = measure_health(run, written) if recipe.health_tokens and step % recipe.logging_steps == 0 else None
     metrics = step_metrics(run, update, health, written) | {"train/learning_rate": learning_rate}
     metrics |= _extrapolate(run, step, clock, verifier)
-    bar.advance(1, progress_note(run.objectives, update, health))
+    bar.advance(1, progress_note(run.stage.objectives, update, health))
     if run.accelerator.is_main_process and step % recipe.logging_steps == 0:
         skipped = {"train/skipped_steps/total": progress.skipped_steps}
         machine = clock.metrics() | {"memory/peak_gib": round(peak_memory_gib(run.accelerator.device), 3)}
@@ -154,7 +154,7 @@ def _step(run: Run, progress: Progress, bar: Bar, verifier: Verifier | None) -> 
 
 def _extrapolate(run: Run, step: int, clock: Clock, verifier: Verifier | None) -> dict[str, float]:
     """Go further along the last updates, if that helps; what the step's line says about it."""
-    extrapolation = run.extrapolation
+    extrapolation = run.stage.extrapolation
     if extrapolation is None:
         return {}
     config, rollout = extrapolation.config, run.recipe.rollout
@@ -252,13 +252,13 @@ def _start(run: Run) -> Progress:
         stored = load_checkpoint(
             found,
             accelerator=accelerator,
-            model=run.model,
-            trained=run.trained,
-            optimizer=run.optimizer,
+            model=run.stage.model,
+            trained=run.stage.trained,
+            optimizer=run.stage.optimizer,
             tensors=_tensors(run),
         )
         progress = Progress(**stored["progress"])
-        run.scheduler.load_state_dict(stored["scheduler"])
+        run.stage.scheduler.load_state_dict(stored["scheduler"])
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and asked is not None:
         folder.cut_after(progress.step)
@@ -275,10 +275,10 @@ def _save(run: Run, progress: Progress) -> None:
         run.folder.checkpoints,
         progress.step,
         accelerator=run.accelerator,
-        model=run.model,
-        trained=run.trained,
-        optimizer=run.optimizer,
-        state={"progress": dataclasses.asdict(progress), "scheduler": run.scheduler.state_dict()},
+        model=run.stage.model,
+        trained=run.stage.trained,
+        optimizer=run.stage.optimizer,
+        state={"progress": dataclasses.asdict(progress), "scheduler": run.stage.scheduler.state_dict()},
         tensors=_tensors(run),
         keep=run.recipe.save_total_limit,
     )
@@ -286,7 +286,7 @@ def _save(run: Run, progress: Progress) -> None:
 
 def _tensors(run: Run) -> dict[str, torch.Tensor]:
     """What a checkpoint holds beside weights and optimizer."""
-    return run.extrapolation.state() if run.extrapolation is not None else {}
+    return run.stage.extrapolation.state() if run.stage.extrapolation is not None else {}
 
 
 def _read_result(file: Path) -> Result:

@@ -21,10 +21,10 @@ def step_metrics(run: Run, update: Update, health: Health | None, rollouts: Roll
     empty = sum(length == 0 or (length == 1 and done) for length, done in zip(lengths, rollouts.finished, strict=True))
     mine = [len(rollouts), sum(lengths), sum(not done for done in rollouts.finished), empty]
     completions, generated, truncated, empties = gather(run, list(map(float, mine))).sum(0).tolist()
-    tallies = (*run.teacher.tallies(), *(tally for objective in run.objectives for tally in objective.tallies()))
+    tallies = (*run.teacher.tallies(), *(tally for objective in run.stage.objectives for tally in objective.tallies()))
     told = gather(run, [x for tally in tallies for x in (tally.total, tally.of or 0.0)]).sum(0).tolist()
-    names = term_names(run.objectives)
-    total = sum(o.coefficient * loss for o, loss in zip(run.objectives, update.losses, strict=True))
+    names = term_names(run.stage.objectives)
+    total = sum(o.coefficient * loss for o, loss in zip(run.stage.objectives, update.losses, strict=True))
     return {
         "train/loss/mean": total,
         **{f"train/{name}/mean": loss for name, loss in zip(names, update.losses, strict=True)},
@@ -62,7 +62,7 @@ def measure_health(run: Run, rollouts: Rollouts) -> Health | None:
     shared = run.teacher.comparable(sample, readings)
     targets = run.teacher.targets(sample, shared, head=True) if shared else None
     assert targets is None or isinstance(targets, HiddenTargets)
-    run.model.eval()
+    run.stage.model.eval()
     sums = run.read(student_batch(run, sample), readings, True, partial(measure, teacher=targets))
     return health_from_sums(gather(run, sums.tolist()).sum(0))
 

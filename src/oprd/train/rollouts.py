@@ -71,7 +71,7 @@ def with_logprobs(run: Run, rollouts: Rollouts) -> Rollouts:
         return sampled_logprobs(states.hidden[reading], states.head, ids).cpu()
 
     micros = split_by_tokens(rollouts, run.recipe.micro_batch_tokens)
-    run.model.eval()
+    run.stage.model.eval()
     done = []
     for number in range(int(gather(run, [float(len(micros))]).max())):
         micro = micros[number] if number < len(micros) else micros[0]  # sharded: equal passes everywhere

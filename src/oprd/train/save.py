@@ -20,7 +20,7 @@ _STUDENT = "student."
 def save_student(run: Run, evaluations: Sequence[Evaluation]) -> None:
     """Write weights (an adapter for a LoRA student), tokenizer, generation config and card. Called on every process."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=is_peft(run.lm.model))
-    gathered = get_model_state_dict(run.model, options=options)
+    gathered = get_model_state_dict(run.stage.model, options=options)
     if not run.accelerator.is_main_process:
         return
     tensors = {name: cast(torch.Tensor, value) for name, value in gathered.items()}
@@ -29,7 +29,7 @@ def save_student(run: Run, evaluations: Sequence[Evaluation]) -> None:
     run.lm.model.save_pretrained(
         run.folder.student, state_dict={name: value.to(dtype) for name, value in weights.items()}
     )
-    for bridge in (objective for objective in run.objectives if isinstance(objective, Bridge)):
+    for bridge in (objective for objective in run.stage.objectives if isinstance(objective, Bridge)):
         if bridge.config.trainable or bridge.config.refit_every is not None:
             _bridge_beside(run, bridge, tensors)
     run.lm.tokenizer.save_pretrained(run.folder.student)
@@ -39,7 +39,7 @@ def save_student(run: Run, evaluations: Sequence[Evaluation]) -> None:
 
 def _bridge_beside(run: Run, bridge: Bridge, tensors: Mapping[str, torch.Tensor]) -> None:
     """Projections that moved during training, as a file for the student as it is now."""
-    number = [id(objective) for objective in run.objectives if isinstance(objective, nn.Module)].index(id(bridge))
+    number = [id(objective) for objective in run.stage.objectives if isinstance(objective, nn.Module)].index(id(bridge))
     prefix = f"modules_of_objectives.{number}."
     own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
     trained = {

@@ -37,7 +37,7 @@ def update_step(run: Run, rollouts: Rollouts, clock: Clock) -> Update:
     Each objective's sum over tokens is divided once, by its divisor over all micro-batches and processes: however the
     batch is split, the update is the same. A process with fewer micro-batches repeats its first with weight zero.
     """
-    accelerator, objectives = run.accelerator, run.objectives
+    accelerator, objectives = run.accelerator, run.stage.objectives
     micros = split_by_tokens(rollouts, run.recipe.micro_batch_tokens)
     divisors = [objective.divisor(rollouts) for objective in objectives]
     counts = [float(sum(rollouts.supervised(objective.tokens))) for objective in objectives]
@@ -56,15 +56,17 @@ def update_step(run: Run, rollouts: Rollouts, clock: Clock) -> Update:
             "text, and does the teacher's tokenizer keep it as it is?"
         )
     sums = torch.zeros(len(objectives), dtype=torch.float64)
-    run.model.train()
+    run.stage.model.train()
     for number in range(passes):
         real = number < len(micros)
         micro = micros[number] if real else micros[0]
         with clock.section("teacher"):
-            targets = run.teacher.targets(micro, run.teacher_readings, head=run.teacher_head)
+            targets = run.teacher.targets(
+                micro, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head
+            )
         last = number == passes - 1
-        with clock.section("update"), contextlib.nullcontext() if last else accelerator.no_sync(run.model):
-            values = run.model(student_batch(run, micro), targets)
+        with clock.section("update"), contextlib.nullcontext() if last else accelerator.no_sync(run.stage.model):
+            values = run.stage.model(student_batch(run, micro), targets)
             # weighted on the device, one entry per supervised token of the micro-batch
             totals_here = [
                 (value * _token_weights(objective, micro, value) * real).sum()
@@ -78,13 +80,13 @@ def update_step(run: Run, rollouts: Rollouts, clock: Clock) -> Update:
             accelerator.backward(loss * accelerator.num_processes)
             sums += torch.stack([total.detach().double().cpu() for total in totals_here])
     with clock.section("update"):
-        grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), run.recipe.max_grad_norm)
+        grad_norm = accelerator.clip_grad_norm_(run.stage.model.parameters(), run.recipe.max_grad_norm)
         norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else cast(torch.Tensor, grad_norm))
         losses = (gather(run, sums.tolist()).sum(0) / denominators).tolist()
         finite = learnable and math.isfinite(norm) and all(map(math.isfinite, losses))
         if finite:
-            run.optimizer.step()
-        run.optimizer.zero_grad()
+            run.stage.optimizer.step()
+        run.stage.optimizer.zero_grad()
     return Update(losses=tuple(losses), supervised=tuple(map(int, supervised.tolist())), grad_norm=norm, finite=finite)
 
 

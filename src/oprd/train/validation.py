@@ -61,19 +61,24 @@ def _accuracies(run: Run, written: Rollouts, verifier: Verifier | None) -> list[
 def _minus_objective(run: Run, written: Rollouts) -> list[tuple[int, float]]:
     """(row, minus the weighted objectives' mean over the supervised tokens) of each completion; 0 without any."""
     rows: list[tuple[int, float]] = []
-    run.model.eval()
+    run.stage.model.eval()
     for micro in split_by_tokens(run.teacher.prepare(written), run.recipe.micro_batch_tokens):
-        targets = run.teacher.targets(micro, run.teacher_readings, head=run.teacher_head)
-        values = run.read(student_batch(run, micro), run.readings, run.uses_head, partial(_per_token, run, targets))
+        targets = run.teacher.targets(micro, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head)
+        values = run.read(
+            student_batch(run, micro),
+            run.stage.distill.readings,
+            run.stage.distill.uses_head,
+            partial(_per_token, run, targets),
+        )
         totals = [0.0] * len(micro)
-        for objective, value in zip(run.objectives, values, strict=True):
+        for objective, value in zip(run.stage.objectives, values, strict=True):
             for i, part in enumerate(value.split(objective.supervised(micro))):
                 totals[i] -= objective.coefficient * float(part.double().mean()) if len(part) else 0.0
         rows += [(prompt.row, total) for prompt, total in zip(micro.prompts, totals, strict=True)]
-    for objective in run.objectives:
+    for objective in run.stage.objectives:
         objective.tallies()  # what was counted here is not the next step's
     return rows
 
 
 def _per_token(run: Run, targets: TeacherTargets, states: States) -> list[Tensor]:
-    return [objective.per_token(states, targets).cpu() for objective in run.objectives]
+    return [objective.per_token(states, targets).cpu() for objective in run.stage.objectives]
