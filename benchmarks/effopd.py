@@ -87,11 +87,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "stale4": {"rollout": {"updates_per_rollout": 4}},
     "one_prompt": {"data": {"limit": 1}},
 }
-SEARCHES, SCHEDULES = ("plain", "paper", "small", "averaged"), ("plain", "short16", "growing", "first16", "stale4")
+SEARCHES = ("plain", "paper", "small", "averaged")
+SCHEDULES = ("plain", "short16", "growing", "first16", "stale4", "one_prompt")
+BEST_RATE = ("oprd-4e-3-64", "kl-4e-4-64", "sampled-4e-4-64")
 FIGURES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fewer_steps.svg": (("oprd-2.5e-5-64", "kl-1.25e-5-64", "sampled-1.25e-5-64"), SEARCHES),
-    "fewer_steps_best_rate.svg": (("oprd-4e-3-64", "kl-1e-3-64", "sampled-8e-4-64"), SEARCHES),
-    "rollout_schedules.svg": (("oprd-1e-3-64", "kl-4e-4-64", "sampled-4e-4-64"), (*SCHEDULES, "one_prompt")),
+    "fewer_steps_best_rate.svg": (BEST_RATE, SEARCHES),
+    "rollout_schedules.svg": (BEST_RATE, SCHEDULES),
 }
 """Settings and variants drawn in docs/."""
 

@@ -361,8 +361,10 @@ def test_a_pair_that_only_an_unlikely_token_made_is_dropped(bridge, prompts, tmp
     assert exists.tolist() == [True] * 7 + [False] + [True] * 6 + [False]
     assert following[:7].tolist() == good[1:]
     everything = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, {"layers": [2], "trust": 0.0})))
-    targets = everything.teacher.targets(rollouts, everything.teacher_readings, head=everything.teacher_head)
-    assert int(everything.objectives[0].moved(batch, targets)[0].sum()) == 14
+    targets = everything.teacher.targets(
+        rollouts, everything.stage.distill.teacher_readings, head=everything.stage.distill.teacher_head
+    )
+    assert int(everything.stage.objectives[0].moved(batch, targets)[0].sum()) == 14
 
 
 def as_rendered(lm, rollouts):
