@@ -47,10 +47,9 @@ def draw(arms: dict[str, dict[str, Any]]) -> None:
         lines = {}
         for setting in settings:
             found = [arm for name, arm in arms.items() if name.rsplit("-", 3)[0] == setting]
-            lines[f"{setting} ({len(found)})"] = (
-                found[0]["step"],
-                [sum(values) / len(found) for values in zip(*(arm[key] for arm in found), strict=True)],
-            )
+            steps = [step for step in found[0]["step"] if all(step in arm["step"] for arm in found)]
+            at = [[arm[key][arm["step"].index(step)] for arm in found] for step in steps]
+            lines[f"{setting} ({len(found)})"] = steps, [sum(values) / len(found) for values in at]
         colours = dict(zip(lines, COLOURS, strict=False))
         row.append(Chart(title=title, x_label="step", lines=lines, colours=colours, low=0.0, high=1.0))
     write_charts([row], FIGURE)

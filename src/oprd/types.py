@@ -8,7 +8,7 @@ V vocabulary, D hidden width, L transformer blocks, K entries of a support, C ch
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -155,6 +155,10 @@ class Rollouts:
     """What the teacher attached to each completion in `prepare`; None where it needs nothing there."""
     logprobs: tuple[tuple[float, ...], ...] | None = None
     """Of each sampled token under the student that wrote it, in nats; given when several updates use these rollouts."""
+    sampled: bool = True
+    """False: the dataset's own completions."""
+    max_tokens: int | None = None
+    """The length limit they were written under, where it is known."""
 
     def __post_init__(self) -> None:
         sizes = (len(self.prompts), len(self.completion_ids), len(self.finished))
@@ -172,7 +176,8 @@ class Rollouts:
 
     def take(self, rows: Sequence[int]) -> "Rollouts":
         """The rollouts at `rows`, in that order."""
-        return Rollouts(
+        return replace(
+            self,
             prompts=tuple(self.prompts[i] for i in rows),
             completion_ids=tuple(self.completion_ids[i] for i in rows),
             finished=tuple(self.finished[i] for i in rows),
@@ -210,6 +215,8 @@ def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
         finished=tuple(done for part in parts for done in part.finished),
         answers=tuple(a for part in parts for a in part.answers or [None] * len(part)) if answered else None,
         logprobs=tuple(row for part in parts for row in part.logprobs or ()) if with_logprobs else None,
+        sampled=all(part.sampled for part in parts),
+        max_tokens=parts[0].max_tokens if parts else None,
     )
 
 

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from conftest import miniature_recipe
 from oprd.config.reading import parse_recipe
-from oprd.diagnose.updates import _left, _measure, _update, diagnose_updates, rescaled
+from oprd.diagnose.updates import _early, _left, _measure, _update, diagnose_updates, rescaled
 from oprd.errors import RunFolderError
 from oprd.models import load_student
 from oprd.report.html import write_report
@@ -86,11 +86,20 @@ def test_a_run_is_diagnosed_and_drawn(finished):
     norms = [sum(r["norm"] for r in table["matrices"] if r["step"] == step) for step in (1, 2, 3, 4)]
     assert norms == sorted(norms)
     (score,) = table["far_early"]
-    assert score["early_step"] == 1
+    assert (score["early_step"], score["final_step"]) == (1, 4)
     assert all(0 <= score[name] <= 1 for name in ("before", "early", "rescaled", "final"))
     page = write_report([out], out / "report.html").read_text()
-    for title in ("Update by matrix kind", "go far early, from step 1", "norm of the final update by depth"):
+    for title in ("Update by matrix kind", "go far early, from step 1 of 4", "norm of the final update by depth"):
         assert title in page
+
+
+def test_early_is_counted_from_the_last_checkpoint_there_is(capsys):
+    assert _early((20, 40, 200)) == 20
+    assert "which is not early" not in capsys.readouterr().err
+    # a run of 500 steps that was stopped at 40, and one that keeps the last two checkpoints
+    assert _early((4, 20, 40)) == 4
+    assert _early((400, 500)) == 400
+    assert "that of step 400 of 500, which is not early" in " ".join(capsys.readouterr().err.split())
 
 
 def test_of_a_lora_student_the_product_of_the_adapter_is_the_update(tmp_path, train_file):

@@ -18,6 +18,7 @@ def make_run(folder: Path, *, steps: int = 3, torn: bool = False) -> Path:
     folder.joinpath("run.json").write_text("{}")
     rows = [
         {"step": i, "train/oprd/mean": 1.0 / i, "time/rollout_s": 30.0, "time/update_s": 30.0, "memory/peak_gib": 1.25,
+         "training_seconds/total": 60.0 * i,
          "rollout/truncated/share": 0.25, "train/skipped_steps/total": 2, "health/cosine_block_01/mean": 0.5}
         for i in range(1, steps + 1)
     ]  # fmt: skip
@@ -25,6 +26,8 @@ def make_run(folder: Path, *, steps: int = 3, torn: bool = False) -> Path:
     folder.joinpath("metrics.jsonl").write_text(text)
     score = {
         "step": 3,
+        "training_seconds": 180.0,
+        "generated_tokens": 987654,
         "benchmark": "aime24",
         "samples": 4,
         "avg_at_k": 0.4321,
@@ -46,6 +49,13 @@ def test_the_table_shows_the_numbers_of_the_files(tmp_path):
     table = table_of(page)
     for text in ("one", "models/small", "models/big", "oprd", "3 of 9", "0.432 (0.400 to 0.500)", "3.0", "1.25", "25%"):
         assert f">{text}<" in table or text in table, text
+
+
+def test_accuracy_is_held_against_steps_seconds_and_tokens(tmp_path):
+    run = make_run(tmp_path / "one")
+    page = write_report([run], tmp_path / "r.html").read_text()
+    assert all(f"by {cost}" in page for cost in ("step", "seconds of training", "tokens the student wrote"))
+    assert "987654" in page
 
 
 def test_two_runs_of_the_same_name_both_appear_and_can_be_told_apart(tmp_path):
@@ -92,13 +102,21 @@ def test_searches_and_updates_are_drawn_where_a_run_has_them(tmp_path):
     (run / "searches.jsonl").write_text(json.dumps(search) + "\n")
     matrix = {"step": 3, "block": 1, "kind": "mlp.up_proj", "norm": 2.0, "relative_norm": 0.1}
     matrix |= {"cosine": 1.0, "top_energy": 0.5, "subspace_cosine": 1.0}
-    scores = {"benchmark": "aime24", "early_step": 1, "before": 0.1, "early": 0.2, "rescaled": 0.3, "final": 0.4}
+    scores = {
+        "benchmark": "aime24",
+        "early_step": 1,
+        "final_step": 9,
+        "before": 0.1,
+        "early": 0.2,
+        "rescaled": 0.3,
+        "final": 0.4,
+    }
     (run / "updates.json").write_text(json.dumps({"rank": 4, "matrices": [matrix], "far_early": [scores]}))
     page = write_report([run], tmp_path / "r.html").read_text()
     titles = (
         "Extrapolation: factor accepted",
         "Energy of the update in its top 4 directions",
-        "go far early, from step 1",
+        "go far early, from step 1 of 9",
     )
     assert all(title in page for title in titles)
 

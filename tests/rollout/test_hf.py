@@ -31,6 +31,21 @@ def test_groups_follow_their_prompts_and_a_seed_gives_the_same_completions():
     assert engine(lm).generate(batch(lm), SAMPLING, seed=4) != one
 
 
+def test_a_batch_draws_alike_however_long_the_one_before_it_ran():
+    """Two sets of weights that are compared answer every prompt with the same random numbers."""
+    lm = load_miniature("base")
+    sampling = Sampling(temperature=1.5, top_p=1.0, max_tokens=64, samples=1)
+    first, other, second = (batch(lm, texts).prompts for texts in (("12+34-5",), ("1+2-3+4+5",), ("45+23-9+11-24",)))
+    after_first, after_other = (
+        engine(lm, max_sequences=1).generate(PromptBatch(prompts=(*before, *second)), sampling, seed=3)
+        for before in (first, other)
+    )
+    alone = engine(lm, max_sequences=1).generate(PromptBatch(prompts=second), sampling, seed=3)
+    assert after_first.lengths[0] != after_other.lengths[0]
+    assert after_first.completion_ids[1] == after_other.completion_ids[1]
+    assert after_first.completion_ids[1] != alone.completion_ids[0]  # and no two batches draw the same numbers
+
+
 def test_the_callers_random_state_and_the_models_mode_are_left_as_they_were():
     lm = load_miniature("base")
     lm.model.train()

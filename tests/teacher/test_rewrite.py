@@ -10,7 +10,7 @@ from oprd.config.models import RewritingTeacherConfig, SequenceTeacherConfig
 from oprd.config.objectives import OutputKLConfig, RewrittenConfig
 from oprd.config.reading import parse_recipe
 from oprd.data.chat import decode
-from oprd.errors import DataError
+from oprd.errors import ConfigError, DataError
 from oprd.objectives import build_objectives
 from oprd.teacher.rewrite import RewritingTeacher, SequenceTeacher
 from oprd.teacher.writer import Writer, Written
@@ -88,13 +88,13 @@ def test_a_rewriting_is_learned_on_only_if_it_is_whole_no_longer_and_ends_in_the
             said("\\boxed{41}", finished=False),
             said(long + "\n\\boxed{41}"),
             said("\\boxed{42}"),
-            said("\\boxed{41}"),
             said("\\boxed{40}"),  # kept: the answer of the student, though it is wrong
             said(long),  # kept: nothing was left to leave out
         ]
     )
     teacher = rewriting(writer, judge, tokenizer)
     after = teacher.prepare(before)
+    assert len(writer.asked) == 8  # not about the one that has no answer to end in
     reasons = [answer.reason if answer is not None else None for answer in after.answers]
     assert reasons == [None, "no_reply", "empty", "unfinished", "longer", "other_answer", "no_answer", None, None]
     texts = [decode(tokenizer, ids, special=True) for ids in after.completion_ids]
@@ -113,8 +113,10 @@ def test_a_rewriting_is_learned_on_only_if_it_is_whole_no_longer_and_ends_in_the
 def test_with_only_correct_a_rewriting_of_a_wrong_completion_is_not_learned_on(judge):
     tokenizer = load_miniature("teacher").tokenizer
     before = rollouts(tokenizer, ["12+34=46\n46-5=41\n\\boxed{41}", "12+34=46\n46-5=40\n\\boxed{40}"])
-    teacher = rewriting(Scripted([said("\\boxed{41}"), said("\\boxed{40}")]), judge, tokenizer, only_correct=True)
+    writer = Scripted([said("\\boxed{41}")])
+    teacher = rewriting(writer, judge, tokenizer, only_correct=True)
     after = teacher.prepare(before)
+    assert len(writer.asked) == 1
     assert [answer and answer.reason for answer in after.answers] == [None, "wrong_answer"]
     assert after.completion_ids[1] == before.completion_ids[1]
     assert told(teacher)["rewrite/wrong_answer/sum"] == 1
@@ -149,7 +151,7 @@ def test_a_cut_completion_keeps_its_cut_unless_the_teacher_ends_it(judge):
     texts = ["first I think about it, then", "12+34=46, again 46\n46-5=41\n\\boxed{41} and then"]
     whole = rollouts(tokenizer, texts)
     cut = replace(whole, completion_ids=tuple(ids[:-1] for ids in whole.completion_ids), finished=(False, False))
-    writer = Scripted([said("12+34=46"), said("46-5=41\n\\boxed{41}")])
+    writer = Scripted([said("46-5=41\n\\boxed{41}")])
     teacher = rewriting(writer, judge, tokenizer)
     after = teacher.prepare(cut)
     assert [decode(tokenizer, ids, special=True) for ids in after.completion_ids] == [
@@ -179,6 +181,18 @@ def test_a_sequence_teacher_puts_its_own_completions_in_place_of_the_students():
     assert after.finished == (True, False, False, False)
     assert after.answers == (None, None, Lost(reason="no_reply"), Lost(reason="empty"))
     assert told(teacher)["sequence/lost/sum"] == 2
+
+
+def test_a_sequence_teacher_writes_no_longer_than_the_student_may_at_this_step():
+    tokenizer = load_miniature("teacher").tokenizer
+    writer = Scripted([said("123", finished=False)])
+    teacher = SequenceTeacher(
+        config=SequenceTeacherConfig(teacher=None), writer=writer, tokenizer=tokenizer, stop=tokenizer.eos_token_id,
+        local=None, max_tokens=80,
+    )  # fmt: skip
+    after = teacher.prepare(replace(rollouts(tokenizer, ["1"]), max_tokens=2))
+    assert writer.asked[0].max_tokens == 2
+    assert after.lengths == (2,)
 
 
 def steps(folder) -> list[dict[str, float]]:
@@ -222,6 +236,35 @@ def test_sequence_distillation_from_a_local_teacher_by_likelihood_and_by_kl(tmp_
         (row,) = steps(tmp_path / name)
         assert row["sequence/length/mean"] > 20
         assert row["train/loss/mean"] > 0
+
+
+def test_under_a_length_schedule_cut_completions_are_learned_on_as_they_are(tmp_path, train_file):
+    schedule = {"type": "stepwise", "at": [2], "lengths": [6]}
+    rollout = {"group_size": 2, "max_completion_length": 64, "length_schedule": schedule}
+    for name, teacher in (("rewrite", "rewrite"), ("sequence", "sequence")):
+        tree = miniature_recipe(
+            tmp_path / name, train_file, teacher={"type": teacher, "teacher": LOCAL}, rollout=rollout,
+            objective={"type": "opd"}, max_steps=2,
+        )  # fmt: skip
+        run_recipe(parse_recipe(tree))
+    short, whole = steps(tmp_path / "rewrite")
+    assert short["rewrite/no_answer/sum"] == 8
+    assert short["tokens/supervised/sum"] == short["tokens/generated/sum"] == 8 * 6
+    assert whole["rewrite/no_answer/sum"] < 8
+    short, whole = steps(tmp_path / "sequence")
+    assert short["sequence/length/mean"] == 6
+    assert short["tokens/supervised/sum"] == 8 * 6
+    assert whole["sequence/length/mean"] > 12
+
+
+def test_a_schedule_that_leaves_nothing_to_learn_on_is_refused(tmp_path, train_file):
+    rollout = {"max_completion_length": 64, "length_schedule": {"type": "linear", "start": 8, "steps": 9}}
+    tree = miniature_recipe(
+        tmp_path, train_file, teacher={"type": "rewrite", "teacher": LOCAL}, objective={"type": "nll"}, rollout=rollout
+    )
+    with pytest.raises(ConfigError, match="the objective 'nll' learns on rewritten ones alone; drop length_schedule"):
+        parse_recipe(tree)
+    parse_recipe(tree | {"objective": {"type": "mixture", "terms": [{"type": "opd"}, {"type": "nll"}]}})
 
 
 def test_a_step_on_which_nothing_could_be_used_changes_no_weight_and_is_counted(tmp_path, train_file):

@@ -1,10 +1,12 @@
 """EffOPD: what moves, by how much, when it stays, and that nothing is lost or decided twice."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,7 +37,7 @@ from oprd.train.run import run_recipe
 from oprd.train.update import update_step
 from oprd.train.validation import validate
 from oprd.types import PromptBatch
-from train.test_resume import assert_equal_runs, weights
+from train.test_resume import MACHINE, assert_equal_runs, weights
 from train.test_update import SHARDED, rollouts_of
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=48, samples=1)
@@ -162,6 +164,8 @@ def test_without_movement_there_is_no_search(by_hand):
         ((0.4, 0.5, 0.6, 0.7, 0.8, 0.9), 10, 5),
         ((0.4, 0.5, 0.6, 0.5), 4, 3),
         ((0.4, float("nan")), 0, 1),
+        ((-math.inf, -math.inf), 0, 1),
+        ((0.4, math.inf), 0, 1),
     ],
 )
 def test_the_search_goes_on_while_the_score_does_not_fall(scores, accepted, tried):
@@ -233,11 +237,11 @@ def test_settled_searches_only_when_the_last_movement_points_where_the_one_befor
     assert found[1]["cosine"] == pytest.approx(1.0)
 
 
-def test_processes_that_decide_differently_stop_the_run(by_hand):
-    effopd = Extrapolation(ALWAYS, by_hand, add_shards=list, everywhere=lambda value: [value, 4.0])
+def test_processes_that_decide_differently_stop_the_run_before_one_of_them_goes_on(by_hand):
+    effopd = Extrapolation(ALWAYS, by_hand, add_shards=list, everywhere=lambda value: [value, 0.0])
     add(by_hand, 0.5)
     with pytest.raises(TrainingStopped, match="processes accepted different candidates"):
-        effopd.after_update(1, scripted(0, 1, 0))
+        effopd.after_update(1, scripted(0, 1))  # the plain update's and the first candidate's; a third would raise
 
 
 @pytest.mark.parametrize(
@@ -249,6 +253,8 @@ def test_processes_that_decide_differently_stop_the_run(by_hand):
         ({"level": 0.1}, "level has no meaning"),
         ({"accept": "paired", "accept_ties": False}, "accept_ties has no meaning"),
         ({"factors": [4.0, 2.0]}, "factors must rise"),
+        ({"accept": "paired", "validation_prompts": 4}, r"gives no p below 0\.062, so that nothing is ever accepted"),
+        ({"accept": "paired", "level": 1e-5}, r"gives no p below 0\.0001"),
     ],
 )
 def test_a_senseless_combination_is_refused(options, told, tmp_path, train_file):
@@ -300,6 +306,30 @@ def test_the_objectives_score_is_minus_its_mean_and_zero_at_the_teacher(tmp_path
     tree = miniature_recipe(tmp_path / "b", train_file, extrapolation={"validation_prompts": 16, "score": "objective"})
     same = build(parse_recipe(tree | {"student": {"model": str(MODELS / "teacher")}}))
     assert_close(validate(same, same.recipe.extrapolation, None, SAMPLING, step=1).mean, 0.0, atol=1e-6, rtol=0)
+
+
+def test_a_completion_without_a_supervised_token_is_no_perfect_one(tmp_path, train_file, monkeypatch):
+    from oprd.train import validation
+
+    run = run_of(tmp_path, train_file, score="objective")
+    real = validation._minus_objective
+    config = run.recipe.extrapolation
+    plain = validate(run, config, None, SAMPLING, step=1)
+    first = validation_prompts(config, run.prompts, run.recipe.seed)[0].row
+    monkeypatch.setattr(
+        validation, "_minus_objective", lambda *x: [(row, math.nan if row == first else v) for row, v in real(*x)]
+    )
+    assert validate(run, config, None, SAMPLING, step=1).values == (min(plain.values[1:]), *plain.values[1:])
+    monkeypatch.setattr(validation, "_minus_objective", lambda *x: [(row, math.nan) for row, _ in real(*x)])
+    assert validate(run, config, None, SAMPLING, step=1).mean == -math.inf
+
+
+def test_norms_of_every_name_stay():
+    class GatedRMSNormOfAKind(torch.nn.LayerNorm):
+        pass
+
+    block = torch.nn.ModuleDict({"norm_1": GatedRMSNormOfAKind(4), "mlp": torch.nn.Linear(4, 4, bias=False)})
+    assert list(movable_weights(SimpleNamespace(blocks=[block]))) == ["1.mlp.weight"]
 
 
 def test_the_engine_writes_with_the_accepted_weights(tmp_path, train_file):
@@ -394,6 +424,62 @@ def test_a_run_resumed_across_a_trigger_equals_the_uninterrupted_run(tmp_path, t
     assert [row.get("tokens/extrapolation/sum") for row in steps if row["step"] in (1, 2, 4)] == [
         row["tokens"] for row in searches(tmp_path / "run")
     ]
+
+
+@pytest.mark.parametrize(
+    ("effopd", "changes"),
+    [
+        ({"triggers": "settled", "every": 1, "settled_cosine": 0.1}, {}),
+        ({"score": "accuracy", "validation_samples": 2}, {}),
+        ({}, {"student": {"model": str(MODELS / "base"), "lora": {"r": 4, "alpha": 8}}, "logging_steps": 3}),
+    ],
+    ids=["settled", "accuracy", "lora"],
+)
+def test_every_kind_of_search_resumes_exactly(effopd, changes, tmp_path, train_file, monkeypatch):
+    from oprd.train import loop
+
+    tree = {name: small_run(tmp_path / name, train_file) | changes | {"save_steps": 1} for name in ("whole", "run")}
+    for one in tree.values():
+        one["extrapolation"] |= effopd
+    run_recipe(parse_recipe(tree["whole"]))
+    real = loop._save
+
+    def save_and_die(run, progress):
+        real(run, progress)
+        if progress.step == 3:
+            raise Interrupted
+
+    monkeypatch.setattr(loop, "_save", save_and_die)
+    with pytest.raises(Interrupted):
+        run_recipe(parse_recipe(tree["run"]))
+    monkeypatch.setattr(loop, "_save", real)
+    run_recipe(parse_recipe(tree["run"] | {"resume_from_checkpoint": "latest"}))
+    found = searches(tmp_path / "whole")
+    assert found == searches(tmp_path / "run")
+    assert found[-1]["step"] > 3
+    assert steps_of(tmp_path / "whole") == steps_of(tmp_path / "run")
+    # every search is in the metrics, whatever is logged beside it, and so is what all cost together
+    logged = steps_of(tmp_path / "whole")
+    assert [row["tokens/extrapolation/sum"] for row in logged if "extrapolation/factor" in row] == [
+        row["tokens"] for row in found
+    ]
+    if "logging_steps" not in changes:
+        assert logged[-1]["tokens/generated/total"] == sum(
+            row["tokens/generated/sum"] + row.get("tokens/extrapolation/sum", 0) for row in logged
+        )
+    snapshots = 3 if "triggers" in effopd else 2
+    moved = sum(
+        v.numel()
+        for v in build(
+            parse_recipe(tree["whole"] | {"output_dir": str(tmp_path / "c")})
+        ).stage.extrapolation._weights.values()
+    )
+    assert found[0]["snapshot_mib"] == pytest.approx(snapshots * moved * 4 / 2**20, abs=1e-3)
+
+
+def steps_of(folder: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(MACHINE)} for row in rows]
 
 
 WITNESS = """

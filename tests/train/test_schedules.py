@@ -1,19 +1,22 @@
 """Rollout schedules: how long completions may be, how often they and their prompts are used again."""
 
 import json
+import math
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from conftest import miniature_recipe
 from oprd.config.reading import parse_recipe
 from oprd.config.recipe import RolloutConfig
+from oprd.data.collate import split_by_tokens
 from oprd.errors import ConfigError, Interrupted
 from oprd.train.build import build
 from oprd.train.log import Clock
-from oprd.train.rollouts import with_logprobs
+from oprd.train.rollouts import rollouts_of_step, with_logprobs
 from oprd.train.run import run_recipe
-from oprd.train.update import update_step
+from oprd.train.update import student_batch, update_step
 from train.test_resume import assert_equal_runs, metrics
 from train.test_update import rollouts_of, weights_after_a_step
 
@@ -67,9 +70,9 @@ def test_one_prompt_many_times_gives_many_completions(tmp_path, train_file):
     run = build(parse_recipe(tree))
     assert {prompt.row for prompt in run.sampler.batch(0).prompts} == {0}
     assert len(run.sampler.batch(0).prompts) == 8
-    run_recipe(parse_recipe(tree | {"output_dir": str(tmp_path / "other")}))
-    (row,) = metrics(tmp_path / "other")
-    assert row["tokens/generated/sum"] > 16 * 10
+    written, _ = rollouts_of_step(run, 1)
+    assert len(written) == 16
+    assert len(set(written.completion_ids)) > 4
 
 
 # Several updates with one rollout
@@ -86,15 +89,57 @@ def test_the_first_weights_are_one_so_the_first_update_is_the_plain_one(tmp_path
         assert float((value - plain[name]).abs().max()) < 1e-5, name
 
 
-def test_stale_updates_are_weighted_by_the_probabilities_of_the_first(tmp_path, train_file):
-    tree = miniature_recipe(tmp_path, train_file, objective=SAMPLED, learning_rate=1e-2)
+def test_a_stale_update_is_weighted_by_the_probabilities_of_the_first(tmp_path, train_file):
+    tree = miniature_recipe(tmp_path, train_file, objective=SAMPLED, learning_rate=1e-2, health_tokens=0)
     run = build(parse_recipe(tree))
     stale = with_logprobs(run, rollouts_of(run))
     update_step(run, stale, Clock(torch.device("cpu")))
     fresh = with_logprobs(run, rollouts_of(run))
-    then = [x for row in stale.logprobs for x in row]
-    now = [x for row in fresh.logprobs for x in row]
-    assert max(abs(a - b) for a, b in zip(then, now, strict=True)) > 0.1
+    ratios = [
+        math.exp(now - then)
+        for a, b in zip(fresh.logprobs, stale.logprobs, strict=True)
+        for now, then in zip(a, b, strict=True)
+    ]
+    assert max(ratios) > 2 > 0.9 > min(ratios)
+    (objective,) = run.stage.objectives
+    objective.tallies()
+    plain, weighted = (_values(run, rollouts) for rollouts in (rollouts_of(run), stale))
+    assert_close(weighted, plain * torch.tensor(ratios).clamp(max=2), rtol=1e-4, atol=1e-6)
+    cut = sum(ratio >= 2 for ratio in ratios) / len(ratios)
+    assert [tally.total / tally.of for tally in objective.tallies()] == [pytest.approx(cut)]
+
+
+def _values(run, rollouts) -> torch.Tensor:
+    """The objective of every token, of all micro-batches."""
+    found = []
+    for micro in split_by_tokens(rollouts, 10**9):
+        targets = run.teacher.targets(micro, run.stage.distill.teacher_readings, head=True)
+        found.append(run.stage.model.eval()(student_batch(run, micro), targets)[0].detach())
+    return torch.cat(found)
+
+
+def test_the_datasets_completions_are_neither_generated_nor_weighted(tmp_path, train_file):
+    given = tmp_path / "given.jsonl"
+    rows = [json.loads(line) for line in train_file.read_text().splitlines()]
+    given.write_text("".join(json.dumps(row | {"completion": "1+2=3\n\\boxed{3}"}) + "\n" for row in rows))
+    rollout = {"group_size": 1, "max_completion_length": 60, "lambda_on_policy": 0.0, "updates_per_rollout": 2}
+    omni = {"type": "omni_opd", "chunks": 1, "chunk_tokens": 4, "continuations": 2}
+    tree = miniature_recipe(tmp_path / "run", given, objective=omni, rollout=rollout, max_steps=1)
+    run_recipe(parse_recipe(tree))
+    (row,) = metrics(tmp_path / "run")
+    assert row["tokens/generated/sum"] == row["tokens/generated/total"] == 0
+    assert row["tokens/supervised/sum"] > 30
+    assert "train/omni_opd/clipped/share" not in row
+
+
+@pytest.mark.parametrize("changes", [{"tokens": "first_k", "k": 20}, {}])
+def test_omni_opd_without_room_for_a_chunk_is_refused(changes, tmp_path, train_file):
+    rollout = {"max_completion_length": 64, "length_schedule": {"type": "linear", "start": 16, "steps": 9}}
+    tree = miniature_recipe(
+        tmp_path, train_file, objective={"type": "omni_opd", "chunk_tokens": 24} | changes, rollout=rollout
+    )
+    with pytest.raises(ConfigError, match=r"chunks of 24 tokens.*have (no )?room"):
+        parse_recipe(tree)
 
 
 @pytest.mark.parametrize("objective", [{"type": "oprd", "tokens": "all"}, SAMPLED], ids=["oprd", "sampled"])

@@ -1,9 +1,11 @@
 """One update: however the step is split, on one process or two, the weights are the same."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from oprd.train.build import build
 from oprd.train.fit_bridge import fit_bridge
 from oprd.train.log import Clock
 from oprd.train.loop import train
-from oprd.train.update import update_step
+from oprd.train.update import Update, mean_of, update_step
 from oprd.types import Rollouts
 
 OBJECTIVES = {
@@ -138,6 +140,13 @@ def test_a_step_of_several_updates_that_cannot_be_made_is_one_skipped_step(tmp_p
         train(run)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["train/skipped_steps/total"] for row in rows] == [1, 2]
+
+
+def test_a_skipped_update_among_others_is_counted_and_leaves_the_step_standing():
+    fine = Update(losses=(1.0,), supervised=(8,), grad_norm=2.0, finite=True)
+    lost = Update(losses=(math.nan,), supervised=(8,), grad_norm=math.nan, finite=False)
+    assert mean_of((fine, lost, replace(fine, losses=(3.0,)))) == replace(fine, losses=(2.0,))
+    assert not mean_of((lost, lost)).finite
 
 
 # Two processes against one, over the command line

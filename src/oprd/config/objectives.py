@@ -211,6 +211,10 @@ class OmniOPDConfig:
 
     def __post_init__(self) -> None:
         _check_k(self.tokens, self.k)
+        if self.k is not None and self.k < self.chunk_tokens:
+            raise ConfigError(
+                f"chunks of {self.chunk_tokens} tokens have no room in the first k={self.k}; raise k, or lower chunk_tokens"
+            )
         if (self.embedding_model is None) != (self.similarity == "edit"):
             raise ConfigError("give embedding_model with similarity 'embedding', and only then")
 

@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field
 
 from oprd.config.common import PYDANTIC, NotNegative, Positive
 from oprd.config.models import (
+    OneTeacherConfig,
     RewritingTeacherConfig,
     SequenceTeacherConfig,
     SeveralTeachersConfig,
@@ -20,10 +21,15 @@ from oprd.config.objectives import (
     ObjectiveConfig,
     OmniOPDConfig,
     OutputKLConfig,
+    RewrittenConfig,
     SingleObjective,
     objective_terms,
 )
 from oprd.errors import ConfigError
+
+PAIRED_LEVEL = 0.05
+SIGN_FLIPS = 9999
+"""Random sign changes of extrapolation's paired test; its smallest p is one in 10,000."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +49,8 @@ class DataConfig:
     """Put before every prompt of the student."""
     prompt_template: str | None = None
     """The user message; `{column}` is filled from the dataset."""
+    answer: str = "answer"
+    """Column of the reference answer; `a.b` is field b of the nested column a."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +114,14 @@ class RolloutConfig:
                 "raise it, or shorten the schedule"
             )
 
+    @property
+    def shortest(self) -> int:
+        """The smallest of the limits of all steps, in tokens."""
+        schedule = self.length_schedule
+        if schedule is None:
+            return self.max_completion_length
+        return schedule.start if isinstance(schedule, LinearLengthConfig) else min(schedule.lengths)
+
     def length_at(self, step: int) -> int:
         """Most tokens of a completion at a step, counted from 1."""
         schedule, longest = self.length_schedule, self.max_completion_length
@@ -157,6 +173,12 @@ class EffOPDConfig:
             raise ConfigError(f"level has no meaning with accept={self.accept!r}; drop it")
         if not self.accept_ties and self.accept != "mean":
             raise ConfigError("accept_ties has no meaning with accept='paired', which wants more than a tie; drop it")
+        level, least = self.level or PAIRED_LEVEL, max(0.5**self.validation_prompts, 1 / (1 + SIGN_FLIPS))
+        if self.accept == "paired" and level < least:
+            raise ConfigError(
+                f"with validation_prompts={self.validation_prompts} the paired test gives no p below {least:.2g}, so that "
+                f"nothing is ever accepted at level {level:g}; raise either"
+            )
         if not self.factors or list(self.factors) != sorted(set(self.factors)):
             raise ConfigError(f"extrapolation.factors must rise and be at least one, got {list(self.factors)}")
 
@@ -247,6 +269,7 @@ class Recipe:
         if self.stages and (self.objective != HiddenMSEConfig() or self.max_steps != 500):
             raise ConfigError("stages have their own objective and max_steps; drop those of the recipe")
         _check_audits([objective_terms(stage.objective) for stage in self.schedule()])
+        _check_lengths(self.rollout, self.teacher, [objective_terms(stage.objective) for stage in self.schedule()])
         for stage in self.schedule():
             for term in objective_terms(stage.objective):
                 if isinstance(term, OutputKLConfig) and term.estimator == "sampled" and not term.redraw:
@@ -290,9 +313,29 @@ def _check_audits(stages: Sequence[Sequence[SingleObjective]]) -> None:
         )
 
 
+def _check_lengths(rollout: RolloutConfig, teacher: TeacherConfig, stages: Sequence[Sequence[SingleObjective]]) -> None:
+    """Completions must be long enough for what is learned on them."""
+    audit = next((term for terms in stages for term in terms if isinstance(term, OmniOPDConfig)), None)
+    if audit is not None and rollout.shortest < audit.chunk_tokens:
+        raise ConfigError(
+            f"omni_opd audits chunks of {audit.chunk_tokens} tokens, and completions of {rollout.shortest} have room for "
+            "none; lower chunk_tokens, or let length_schedule or max_completion_length begin there"
+        )
+    rewritten = any(isinstance(member, RewritingTeacherConfig) for member in _members(teacher))
+    only_text = any(all(isinstance(term, RewrittenConfig) for term in terms) for terms in stages)
+    if rewritten and only_text and rollout.length_schedule is not None:
+        raise ConfigError(
+            "a completion that length_schedule cuts before its answer is not rewritten, and the objective 'nll' learns on "
+            "rewritten ones alone; drop length_schedule, or add a term that learns on the student's completion as well"
+        )
+
+
+def _members(teacher: TeacherConfig) -> tuple[OneTeacherConfig, ...]:
+    return tuple(teacher.teachers.values()) if isinstance(teacher, SeveralTeachersConfig) else (teacher,)
+
+
 def _check_student_writes(teacher: TeacherConfig) -> None:
-    members = teacher.teachers.values() if isinstance(teacher, SeveralTeachersConfig) else (teacher,)
-    other = next((m for m in members if isinstance(m, RewritingTeacherConfig | SequenceTeacherConfig)), None)
+    other = next((m for m in _members(teacher) if isinstance(m, RewritingTeacherConfig | SequenceTeacherConfig)), None)
     if other is not None:
         raise ConfigError(
             f"estimator 'sampled' needs tokens sampled from the student, and under teacher {other.type!r} the teacher "

@@ -100,8 +100,8 @@ class Aligner:
     def pair(self, ids: Sequence[int], *, finished: bool) -> Pairing:
         """The teacher's tokens of the same text, and the positions of both that end at the same byte.
 
-        The stop token of a finished completion becomes the teacher's own end of turn, paired with it. A completion cut
-        inside a character is paired up to the last whole one. Where the teacher's tokenizer changes the text (it
+        The stop token of a finished completion becomes the teacher's own end of turn, paired with it. Of a cut one the
+        teacher's last token is not paired: it ends there because of the cut, and in the whole text might go on. Where the teacher's tokenizer changes the text (it
         normalises, or the student wrote bytes that are no text), nothing is paired from there on.
         """
         stopped = finished and bool(ids) and ids[-1] in self._stops
@@ -114,6 +114,8 @@ class Aligner:
         student_at = _ends(ours)
         teacher_at = {end - skipped: i for end, i in _ends(theirs).items() if skipped <= end <= read + skipped}
         pairs = [(i, teacher_at[end]) for end, i in student_at.items() if end in teacher_at]
+        if not finished:
+            pairs = [(i, j) for i, j in pairs if j < len(teacher_ids) - 1]
         if stopped:
             pairs.append((len(ids) - 1, len(teacher_ids)))
             teacher_ids = (*teacher_ids, self._teacher_end)

@@ -155,7 +155,7 @@ def _prompt(
             f"{where}: the prompt has {len(token_ids)} tokens, the context less max_completion_length leaves {longest}; "
             "shorten or drop the prompt, or lower max_completion_length"
         )
-    answer, teacher = row.get("answer"), row.get("teacher")
+    answer, teacher = _field(where, row, config.answer), row.get("teacher")
     return Prompt(
         row=number,
         messages=messages,
@@ -165,6 +165,20 @@ def _prompt(
         completion=completion,
         columns=columns,
     )
+
+
+def _field(where: str, row: Mapping[str, Any], path: str) -> Any:
+    """The column `path`, or with dots in it a field of a nested one; None where there is none."""
+    if path in row:
+        return row[path]
+    value: Any = row
+    for name in path.split("."):
+        if not isinstance(value, Mapping):
+            raise DataError(f"{where}: data.answer is {path!r}, but what should hold {name!r} is {value!r}")
+        value = value.get(name)
+        if value is None:
+            return None
+    return value
 
 
 def _messages(

@@ -62,6 +62,7 @@ class FarEarly:
 
     benchmark: str
     early_step: int
+    final_step: int
     before: float
     early: float
     rescaled: float
@@ -86,7 +87,7 @@ def diagnose_updates(run: Path) -> Path:
     start = {name: value.clone() for name, value in student.state_dict().items()}
     scale = recipe.student.lora.alpha / recipe.student.lora.r if recipe.student.lora is not None else None
     steps = [int(path.name.partition("-")[2]) for path in found]
-    early = _early(steps, recipe.last_steps()[-1])
+    early = _early(steps)
     updates: dict[int, dict[str, Tensor]] = {}
     rows: list[MatrixUpdate] = []
     blocks = _block_matrices(lm)
@@ -100,7 +101,7 @@ def diagnose_updates(run: Path) -> Path:
                     rows.append(_measure(step, block, kind, update[name], start[name], last[name], bases[name]))
             updates[step] = update if step in (early, steps[-1]) else {}
             bar.advance(1)
-    scores = _far_early(recipe, lm, start, updates[early], updates[steps[-1]], early)
+    scores = _far_early(recipe, lm, start, updates[early], updates[steps[-1]], (early, steps[-1]))
     out = run / "updates.json"
     table = {
         "rank": RANK,
@@ -124,9 +125,15 @@ def _read_run(run: Path) -> tuple[Recipe, list[Path]]:
     return recipe, found
 
 
-def _early(steps: Sequence[int], last: int) -> int:
-    """The checkpoint nearest to EARLY of the run."""
-    return min(steps, key=lambda step: abs(step - EARLY * last))
+def _early(steps: Sequence[int]) -> int:
+    """Of the checkpoints before the last the one nearest to EARLY of the way there."""
+    early = min(steps[:-1], key=lambda step: abs(step - EARLY * steps[-1]))
+    if early > 2 * EARLY * steps[-1]:
+        console.print(
+            f"[yellow]The checkpoint nearest to {EARLY:.0%} of the run is that of step {early} of {steps[-1]}, which is not "
+            "early; keep more of them with a larger save_total_limit and smaller save_steps.[/]"
+        )
+    return early
 
 
 def _update(checkpoint: Path, start: Mapping[str, Tensor], scale: float | None) -> dict[str, Tensor]:
@@ -195,7 +202,7 @@ def _far_early(
     start: Mapping[str, Tensor],
     early: Mapping[str, Tensor],
     final: Mapping[str, Tensor],
-    early_step: int,
+    steps: tuple[int, int],
 ) -> list[FarEarly]:
     """Accuracies on the recipe's benchmarks; none if it has none."""
     config = recipe.evaluation
@@ -221,7 +228,9 @@ def _far_early(
                         engine, lm.tokenizer, benchmark, config, verifier, save_to=None, on_progress=bar.advance
                     )
                 scores.setdefault(benchmark.name, {})[variant] = result.avg_at_k
-    return [FarEarly(benchmark=name, early_step=early_step, **values) for name, values in scores.items()]
+    return [
+        FarEarly(benchmark=name, early_step=steps[0], final_step=steps[1], **values) for name, values in scores.items()
+    ]
 
 
 def _put(lm: LanguageModel, weights: dict[str, Any]) -> None:

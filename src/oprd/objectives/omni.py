@@ -47,7 +47,7 @@ class OmniOPD(Objective):
         hidden = student.hidden[self._reading]
         selected = student.batch.selected(self.tokens)
         audited, scores = teacher.audited[selected], teacher.scores[selected]
-        weights = self._importance.of(student, self._reading)
+        weights = self._importance.of(student, self._reading, used=audited)
         if weights is not None:
             scores = weights * scores
 

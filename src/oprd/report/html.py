@@ -75,7 +75,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     """
     read = _distinct([_read(Path(run)) for run in runs])
     figures = [
-        _accuracy(read),
+        *(_accuracy(read, against) for against in COSTS),
         *(_curves(plot, read) for plot in PLOTS),
         _cosines(read),
         _searches(read),
@@ -141,7 +141,6 @@ def _distinct(runs: Sequence[RunFiles]) -> list[RunFiles]:
 def _summary(run: RunFiles) -> dict[str, str]:
     """The run's line in the table, as text."""
     last: Row = run.metrics[-1] if run.metrics else {}
-    seconds = sum(value for row in run.metrics for key, value in row.items() if key.startswith("time/"))
     teacher = run.recipe.get("teacher", {})
     stages = run.recipe.get("stages") or [run.recipe]
     steps = sum(stage.get("max_steps", 0) for stage in stages)
@@ -152,7 +151,7 @@ def _summary(run: RunFiles) -> dict[str, str]:
         "objective": ", then ".join(_objective(stage.get("objective", {})) for stage in stages),
         "steps": f"{last.get('step', 0)} of {steps}",
         "scores": "; ".join(_score(row) for row in _last_evaluations(run)) or "none yet",
-        "minutes": f"{seconds / 60:.1f}",
+        "minutes": f"{last.get('training_seconds/total', 0) / 60:.1f}",
         "peak memory, GiB": f"{last['memory/peak_gib']:.2f}" if "memory/peak_gib" in last else "–",
         "truncated": f"{last['rollout/truncated/share']:.0%}" if "rollout/truncated/share" in last else "–",
         "skipped steps": str(last.get("train/skipped_steps/total", "–")),
@@ -200,13 +199,19 @@ def _curves(plot: Plot, runs: Sequence[RunFiles]) -> go.Figure | None:
     return _titled(figure, plot.title, "step", plot.y, log=plot.log)
 
 
-def _accuracy(runs: Sequence[RunFiles]) -> go.Figure | None:
+COSTS = {"step": "step", "training_seconds": "seconds of training", "generated_tokens": "tokens the student wrote"}
+"""What accuracy is held against, searches of the extrapolation included."""
+
+
+def _accuracy(runs: Sequence[RunFiles], against: str) -> go.Figure | None:
     figure = go.Figure()
     for i, run in enumerate(runs):
         for benchmark in dict.fromkeys(row["benchmark"] for row in run.evaluations):
-            rows = [row for row in run.evaluations if row["benchmark"] == benchmark]
+            rows = [row for row in run.evaluations if row["benchmark"] == benchmark and against in row]
+            if not rows:
+                continue
             figure.add_scatter(
-                x=[row["step"] for row in rows],
+                x=[row[against] for row in rows],
                 y=[row["avg_at_k"] for row in rows],
                 error_y={
                     "type": "data",
@@ -218,7 +223,7 @@ def _accuracy(runs: Sequence[RunFiles]) -> go.Figure | None:
                 mode="lines+markers",
                 line={"color": COLOURS[i % len(COLOURS)]},
             )
-    return _titled(figure, "Accuracy (avg@k, 95% interval)", "step", "share correct")
+    return _titled(figure, f"Accuracy (avg@k, 95% interval) by {COSTS[against]}", COSTS[against], "share correct")
 
 
 def _cosines(runs: Sequence[RunFiles]) -> go.Figure | None:
@@ -302,8 +307,8 @@ def _far_early(run: RunFiles) -> go.Figure | None:
             x=names, y=[row[n] for n in names], name=row["benchmark"], marker={"color": COLOURS[i % len(COLOURS)]}
         )
     rows = run.updates.get("far_early", [])
-    step = rows[0]["early_step"] if rows else 0
-    return _titled(figure, f"{run.name}: go far early, from step {step}", "weights", "share correct")
+    steps = (rows[0]["early_step"], rows[0]["final_step"]) if rows else (0, 0)
+    return _titled(figure, f"{run.name}: go far early, from step {steps[0]} of {steps[1]}", "weights", "share correct")
 
 
 def _line(i: int) -> dict[str, str]:

@@ -50,15 +50,21 @@ class HFEngine(RolloutEngine):
         devices = [self._lm.device] if self._lm.device.type == "cuda" else []
         # transformers draws from the global generator; the caller's is left as it was
         with torch.random.fork_rng(devices=devices), self._autocast():
-            torch.manual_seed(seed)
-            for start in range(0, len(order), self._max_sequences):
+            for number, start in enumerate(range(0, len(order), self._max_sequences)):
+                # how long one batch runs must not decide what the next one draws: other weights, the same random numbers
+                torch.manual_seed(seed + number)
                 rows = order[start : start + self._max_sequences]
                 for i, ids in zip(rows, self._batch([repeated[i].token_ids for i in rows], sampling), strict=True):
                     completions[i] = ids
         self._lm.model.train(training)
         self._lm.core.generation_config = own_config
         finished = tuple(bool(ids) and ids[-1] in self._stop_ids for ids in completions)
-        return Rollouts(prompts=tuple(repeated), completion_ids=tuple(completions), finished=finished)
+        return Rollouts(
+            prompts=tuple(repeated),
+            completion_ids=tuple(completions),
+            finished=finished,
+            max_tokens=sampling.max_tokens,
+        )
 
     def _batch(self, prompts: list[tuple[int, ...]], sampling: Sampling) -> list[tuple[int, ...]]:
         width = max(map(len, prompts))

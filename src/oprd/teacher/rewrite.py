@@ -28,8 +28,9 @@ from oprd.types import (
     TextTargets,
 )
 
-REASONS = ("no_reply", "empty", "unfinished", "longer", "no_answer", "other_answer", "wrong_answer")
-"""Why a rewriting is not learned on, in the order in which it is looked at. One of equal length is kept: once the student is
+REASONS = ("no_answer", "wrong_answer", "no_reply", "empty", "unfinished", "longer", "other_answer")
+"""Why there is no rewriting to learn on, in the order in which it is looked at. For the first two the teacher is not asked:
+no rewriting can end in the answer of a completion that has none, as one that a length limit cut. One of equal length is kept: once the student is
 brief, good rewritings are no shorter, and a filter that wants them shorter lets only those through that left something out."""
 
 
@@ -110,26 +111,17 @@ class RewritingTeacher(WritingTeacher):
 
     def prepare(self, rollouts: Rollouts) -> Rollouts:
         texts = [decode(self.tokenizer, ids) for ids in rollouts.completion_ids]
-        answers = self.writer.write(
-            [[self._question(prompt, text)] for prompt, text in zip(rollouts.prompts, texts, strict=True)]
-        )
         own = self.judge.verify(texts, [prompt.answer or "" for prompt in rollouts.prompts])
-        rewritten = [answer[0].texts[0].strip() if answer[0] is not None else "" for answer in answers]
+        reasons = [self._not_asked(*row) for row in zip(texts, rollouts.finished, own, strict=True)]
+        asked = [i for i, reason in enumerate(reasons) if reason is None]
+        replies = self.writer.write([[self._question(rollouts.prompts[i], texts[i])] for i in asked])
+        answers = dict(zip(asked, (row[0] for row in replies), strict=True))
+        rewritten = [_text(answers.get(i)) for i in range(len(rollouts))]
         same = self.judge.verify(rewritten, [verdict.extracted or "" for verdict in own])
         ids = [(*encode(self.tokenizer, text), self.stop) for text in rewritten]
-        reasons = [
-            _reason(
-                answer[0],
-                text,
-                longer=len(new) > length,
-                extracted=verdict.extracted,
-                same=agrees.correct,
-                wrong=self.config.only_correct and not verdict.correct,
-            )
-            for answer, text, new, length, verdict, agrees in zip(
-                answers, rewritten, ids, rollouts.lengths, own, same, strict=True
-            )
-        ]
+        for i in asked:
+            longer = len(ids[i]) > rollouts.lengths[i]
+            reasons[i] = _reason(answers[i], rewritten[i], longer=longer, same=same[i].correct)
         self._report(rollouts, ids, reasons, own)
         return replace(
             rollouts,
@@ -143,6 +135,13 @@ class RewritingTeacher(WritingTeacher):
 
     def close(self) -> None:
         self.judge.close()
+
+    def _not_asked(self, text: str, finished: bool, own: Judged) -> str | None:
+        """Why no rewriting of this completion could be used."""
+        # the last number of a completion that was cut is no answer, unless it was boxed
+        if own.extracted is None or not (finished or "\\boxed" in text):
+            return "no_answer"
+        return "wrong_answer" if self.config.only_correct and not own.correct else None
 
     def _question(self, prompt: Prompt, completion: str) -> Ask:
         columns = dict(prompt.columns) | {"prompt": prompt.messages[-1].content, "completion": completion}
@@ -182,10 +181,11 @@ class SequenceTeacher(WritingTeacher):
         self.writer.conversation(prompt)
 
     def prepare(self, rollouts: Rollouts) -> Rollouts:
+        room = min(self.max_tokens, rollouts.max_tokens or self.max_tokens)
         asks = [
             Ask(
                 messages=self.writer.conversation(prompt),
-                max_tokens=self.max_tokens,
+                max_tokens=room,
                 temperature=self.config.sampling_temperature,
             )
             for prompt in rollouts.prompts
@@ -193,7 +193,7 @@ class SequenceTeacher(WritingTeacher):
         answers = [row[0] for row in self.writer.write([[ask] for ask in asks])]
         reasons = ["no_reply" if answer is None else None if answer.texts[0].strip() else "empty" for answer in answers]
         lost = [reason is not None for reason in reasons]
-        ids = [() if gone else self._ids(answer) for answer, gone in zip(answers, lost, strict=True)]
+        ids = [() if gone else self._ids(answer, room) for answer, gone in zip(answers, lost, strict=True)]
         lengths = [len(row) for row, gone in zip(ids, lost, strict=True) if not gone]
         self._tallies = (
             Tally(name="sequence/length/mean", total=float(sum(lengths)), of=float(len(lengths))),
@@ -206,25 +206,25 @@ class SequenceTeacher(WritingTeacher):
             answers=tuple(Lost(reason=reason) if reason else None for reason in reasons) if any(lost) else None,
         )
 
-    def _ids(self, answer: Written | None) -> tuple[int, ...]:
-        """The teacher's text in the student's tokens, no longer than the student itself may write."""
+    def _ids(self, answer: Written | None, room: int) -> tuple[int, ...]:
+        """The teacher's text in the student's tokens, no longer than the student itself might write."""
         if answer is None:
             return ()
         ids = encode(self.tokenizer, answer.texts[0])
-        return ((*ids, self.stop) if answer.finished[0] else ids)[: self.max_tokens]
+        return ((*ids, self.stop) if answer.finished[0] else ids)[:room]
 
 
-def _reason(
-    answer: Written | None, text: str, *, longer: bool, extracted: str | None, same: bool, wrong: bool
-) -> str | None:
+def _text(answer: Written | None) -> str:
+    return answer.texts[0].strip() if answer is not None else ""
+
+
+def _reason(answer: Written | None, text: str, *, longer: bool, same: bool) -> str | None:
     """The first of REASONS that holds; None for a rewriting that is learned on."""
     checks = {
         "no_reply": answer is None,
         "empty": not text,
         "unfinished": answer is not None and not answer.finished[0],
         "longer": longer,
-        "no_answer": extracted is None,
         "other_answer": not same,
-        "wrong_answer": wrong,
     }
     return next((reason for reason, holds in checks.items() if holds), None)

@@ -17,16 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from oprd.config.recipe import EffOPDConfig
+from oprd.config.recipe import PAIRED_LEVEL, SIGN_FLIPS, EffOPDConfig
 from oprd.errors import TrainingStopped
 from oprd.models import LanguageModel
 from oprd.train.log import derive_seed
 from oprd.types import Prompt
 
-LEVEL = 0.05
 SETTLED_COSINE = 0.5
-FLIPS = 9999
-"""Random sign changes of the paired test; its smallest p is one in 10,000."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +69,13 @@ class Search:
         return next((c.factor for c in reversed(self.candidates) if c.accepted), 0.0)
 
 
-def search(config: EffOPDConfig, score: Callable[[float], Scores]) -> Search:
-    """Try the factors in order until one is not accepted. `score` is called with 0 first: the plain update."""
+def search(
+    config: EffOPDConfig, score: Callable[[float], Scores], agreed: Callable[[bool], None] = lambda accepted: None
+) -> Search:
+    """Try the factors in order until one is not accepted. `score` is called with 0 first: the plain update.
+
+    `agreed` is told every decision before anything is done about it.
+    """
     start = best = score(0.0)
     tried: list[Candidate] = []
     tokens = start.tokens
@@ -82,6 +84,7 @@ def search(config: EffOPDConfig, score: Callable[[float], Scores]) -> Search:
         tokens += scores.tokens
         p_value = paired_p_value(best.values, scores.values)
         accepted = accepts(config, best.mean, scores.mean, p_value)
+        agreed(accepted)
         tried.append(Candidate(factor=factor, score=scores.mean, p_value=p_value, accepted=accepted))
         if not accepted:
             break
@@ -90,12 +93,14 @@ def search(config: EffOPDConfig, score: Callable[[float], Scores]) -> Search:
 
 
 def accepts(config: EffOPDConfig, best: float, score: float, p_value: float) -> bool:
-    """Whether a candidate replaces the best so far. NaN is never accepted."""
+    """Whether a candidate replaces the best so far. One that is not a finite number never does."""
+    if not math.isfinite(score):
+        return False
     # means of thirds or fifths that are equal differ by rounding, either way
     tie = math.isclose(score, best, rel_tol=1e-12, abs_tol=1e-12)
     better = score > best and not tie
     if config.accept == "paired":
-        return better and p_value <= (config.level or LEVEL)
+        return better and p_value <= (config.level or PAIRED_LEVEL)
     return better or (config.accept_ties and tie)
 
 
@@ -108,10 +113,10 @@ def paired_p_value(before: Sequence[float], after: Sequence[float]) -> float:
     seen = difference.sum()
     if not bool(torch.isfinite(seen)):
         return 1.0
-    signs = torch.randint(0, 2, (FLIPS, len(difference)), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    signs = torch.randint(0, 2, (SIGN_FLIPS, len(difference)), generator=torch.Generator().manual_seed(0)) * 2 - 1
     # differences of accuracies are multiples of 1/samples: a tie must count as one in spite of rounding
     at_least = (signs.double() @ difference >= seen - 1e-12 * difference.abs().sum()).sum()
-    return (1 + int(at_least)) / (1 + FLIPS)
+    return (1 + int(at_least)) / (1 + SIGN_FLIPS)
 
 
 def is_trigger(config: EffOPDConfig, step: int) -> bool:
@@ -128,7 +133,7 @@ def movable_weights(lm: LanguageModel) -> dict[str, nn.Parameter]:
         f"{block}.{path}.{name}": parameter
         for block, module in enumerate(lm.blocks, start=1)
         for path, child in module.named_modules()
-        if not type(child).__name__.endswith("Norm")
+        if "Norm" not in type(child).__name__  # `RMSNorm`, `LayerNorm1P`, `RMSNormGated`
         for name, parameter in child.named_parameters(recurse=False)
         if parameter.requires_grad
     }
@@ -196,9 +201,14 @@ class Extrapolation:
             self._move(plain, factor)
             return score()
 
-        found = search(self.config, measure)
-        if len(set(self._everywhere(found.accepted))) > 1:
-            raise TrainingStopped(f"step {step}: processes accepted different candidates; their scores must be equal")
+        def agreed(accepted: bool) -> None:
+            # a process that went on alone would wait for the others forever
+            if len(set(self._everywhere(float(accepted)))) > 1:
+                raise TrainingStopped(
+                    f"step {step}: processes accepted different candidates; their scores must be equal"
+                )
+
+        found = search(self.config, measure, agreed)
         self._move(plain, found.accepted)
         self._remember()
         return {

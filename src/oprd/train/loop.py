@@ -53,6 +53,10 @@ class Progress:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
+    """Of the steps, searches of the extrapolation included."""
+    evaluation_seconds: float = 0.0
+    generated_tokens: int = 0
+    """By the student for its steps and for searches, over all processes."""
     warned_of_truncation: bool = False
 
 
@@ -83,9 +87,7 @@ def train(run: Run) -> Result:
                 run = enter_next_stage(run)
             if needs_refit(run, progress.step):
                 refit(run, progress.step)
-            start = time.perf_counter()
             _step(run, progress, bar, verifier)
-            progress.seconds += time.perf_counter() - start
             last = progress.step == ends[-1]
             if recipe.eval_steps is not None and progress.step % recipe.eval_steps == 0 and not last:
                 _evaluate(run, progress, verifier)
@@ -98,7 +100,7 @@ def train(run: Run) -> Result:
     result = Result(
         steps=progress.step,
         skipped_steps=progress.skipped_steps,
-        seconds=round(progress.seconds, 1),
+        seconds=round(progress.seconds + progress.evaluation_seconds, 1),
         evaluations=evaluations,
     )
     save_student(run, evaluations)
@@ -113,11 +115,12 @@ def train(run: Run) -> Result:
 def _step(run: Run, progress: Progress, bar: Bar, verifier: Verifier | None) -> None:
     """One step of the method, and its line in metrics.jsonl: one rollout, and the updates made with it."""
     recipe, rank = run.recipe, run.accelerator.process_index
-    step = progress.step + 1
+    step, start = progress.step + 1, time.perf_counter()
     clock = Clock(run.accelerator.device)
     with clock.section("rollout"):
         written, learned = _rollouts_or_stop(run, progress)
-    if recipe.rollout.updates_per_rollout > 1 and any(o.importance_weighted for o in run.stage.objectives):
+    weighted = any(objective.importance_weighted for objective in run.stage.objectives)
+    if recipe.rollout.updates_per_rollout > 1 and weighted and learned.sampled:
         with clock.section("update"):
             learned = with_logprobs(run, learned)
     learning_rate = run.stage.scheduler.get_last_lr()[0]
@@ -133,13 +136,25 @@ def _step(run: Run, progress: Progress, bar: Bar, verifier: Verifier | None) -> 
     progress.step = step
     health = measure_health(run, written) if recipe.health_tokens and step % recipe.logging_steps == 0 else None
     metrics = step_metrics(run, update, health, written) | {"train/learning_rate": learning_rate}
-    metrics |= _extrapolate(run, step, clock, verifier)
+    if len(updates) > 1:
+        metrics |= {"train/skipped_updates/sum": sum(not one.finite for one in updates)}
+    searched = _extrapolate(run, step, clock, verifier)
+    metrics |= searched
     bar.advance(1, progress_note(run.stage.objectives, update, health))
-    if run.accelerator.is_main_process and step % recipe.logging_steps == 0:
-        skipped = {"train/skipped_steps/total": progress.skipped_steps}
-        machine = clock.metrics() | {"memory/peak_gib": round(peak_memory_gib(run.accelerator.device), 3)}
-        run.folder.append(run.folder.metrics, {"step": step} | metrics | skipped | machine)
-        run.accelerator.log(metrics | skipped | machine, step=step)
+    progress.generated_tokens += int(metrics["tokens/generated/sum"] + searched.get("tokens/extrapolation/sum", 0))
+    progress.seconds += time.perf_counter() - start
+    # what a search cost is never left out
+    if run.accelerator.is_main_process and (searched or step % recipe.logging_steps == 0):
+        metrics |= {
+            "train/skipped_steps/total": progress.skipped_steps,
+            "tokens/generated/total": progress.generated_tokens,
+        }
+        machine = clock.metrics() | {
+            "training_seconds/total": round(progress.seconds, 3),
+            "memory/peak_gib": round(peak_memory_gib(run.accelerator.device), 3),
+        }
+        run.folder.append(run.folder.metrics, {"step": step} | metrics | machine)
+        run.accelerator.log(metrics | machine, step=step)
         for row in some_samples(run, written):
             run.folder.append(run.folder.samples, {"step": step} | row)
     _warn_of_truncation(run, progress, float(metrics["rollout/truncated/share"]))
@@ -228,10 +243,11 @@ def _evaluate(run: Run, progress: Progress, verifier: Verifier | None) -> tuple[
                 world_size=1 if alone else accelerator.num_processes,
                 gather=(lambda rows: rows) if alone else gather_object,
             )
-        progress.seconds += time.perf_counter() - start
+        progress.evaluation_seconds += time.perf_counter() - start
         results.append(result)
         if accelerator.is_main_process:
-            run.folder.append(run.folder.evaluations, {"step": progress.step} | dataclasses.asdict(result))
+            cost = {"training_seconds": round(progress.seconds, 3), "generated_tokens": progress.generated_tokens}
+            run.folder.append(run.folder.evaluations, {"step": progress.step} | cost | dataclasses.asdict(result))
             accelerator.log({f"eval/{benchmark.name}/avg_at_k": result.avg_at_k}, step=progress.step)
     accelerator.wait_for_everyone()
     return tuple(results)

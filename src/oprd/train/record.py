@@ -20,7 +20,7 @@ def step_metrics(run: Run, update: Update, health: Health | None, rollouts: Roll
     lengths = rollouts.lengths
     empty = sum(length == 0 or (length == 1 and done) for length, done in zip(lengths, rollouts.finished, strict=True))
     mine = [len(rollouts), sum(lengths), sum(not done for done in rollouts.finished), empty]
-    completions, generated, truncated, empties = gather(run, list(map(float, mine))).sum(0).tolist()
+    completions, tokens, truncated, empties = gather(run, list(map(float, mine))).sum(0).tolist()
     tallies = (*run.teacher.tallies(), *(tally for objective in run.stage.objectives for tally in objective.tallies()))
     told = gather(run, [x for tally in tallies for x in (tally.total, tally.of or 0.0)]).sum(0).tolist()
     names = term_names(run.stage.objectives)
@@ -29,9 +29,9 @@ def step_metrics(run: Run, update: Update, health: Health | None, rollouts: Roll
         "train/loss/mean": total,
         **{f"train/{name}/mean": loss for name, loss in zip(names, update.losses, strict=True)},
         "train/grad_norm": update.grad_norm,
-        "tokens/generated/sum": int(generated),
+        "tokens/generated/sum": int(tokens) if rollouts.sampled else 0,
         "tokens/supervised/sum": max(update.supervised),
-        "rollout/length/mean": generated / completions,
+        "rollout/length/mean": tokens / completions,
         "rollout/truncated/share": truncated / completions,
         "rollout/empty/share": empties / completions,
         **add_up(tallies, told[::2], told[1::2]),

@@ -55,6 +55,8 @@ def _given_rollouts(run: Run, prompts: Sequence[Prompt], longest: int) -> Rollou
         prompts=tuple(prompts),
         completion_ids=tuple(row[:longest] for row in ids),
         finished=tuple(len(row) <= longest for row in ids),
+        sampled=False,
+        max_tokens=longest,
     )
 
 

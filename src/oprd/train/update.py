@@ -96,13 +96,14 @@ def student_batch(run: Run, rollouts: Rollouts) -> MicroBatch:
 
 
 def mean_of(updates: Sequence[Update]) -> Update:
-    """The updates made with one rollout as one line: means of losses and norms."""
-    n = len(updates)
+    """The updates made with one rollout as one line: means of losses and norms, of those that were not skipped."""
+    made = [update for update in updates if update.finite] or updates
+    n = len(made)
     return Update(
-        losses=tuple(sum(losses) / n for losses in zip(*(update.losses for update in updates), strict=True)),
-        supervised=updates[0].supervised,
-        grad_norm=sum(update.grad_norm for update in updates) / n,
-        finite=all(update.finite for update in updates),
+        losses=tuple(sum(losses) / n for losses in zip(*(update.losses for update in made), strict=True)),
+        supervised=made[0].supervised,
+        grad_norm=sum(update.grad_norm for update in made) / n,
+        finite=made[0].finite,
     )
 
 

@@ -1,5 +1,6 @@
 """How good the weights in place are on a few training prompts: what a search compares."""
 
+import math
 from functools import partial
 
 import torch
@@ -39,7 +40,6 @@ def validate(run: Run, config: EffOPDConfig, verifier: Verifier | None, sampling
             with torch.random.fork_rng(devices=[]):  # an objective that draws does so alike for every candidate
                 torch.manual_seed(seed)
                 values = _minus_objective(run, written)
-        # a teacher that rewrites may learn on other completions, never on other prompts
         rows = [
             (prompt.row, sum(v for row, v in values if row == prompt.row) / config.validation_samples, 0)
             for prompt in mine
@@ -47,7 +47,13 @@ def validate(run: Run, config: EffOPDConfig, verifier: Verifier | None, sampling
         rows[0] = (*rows[0][:2], sum(written.lengths))
     gathered = gather_object(rows)[: len(prompts)]  # sharded: every process has all; the first one's count
     by_row = {row: value for row, value, _ in gathered}
-    return Scores(values=tuple(by_row[prompt.row] for prompt in prompts), tokens=sum(tokens for *_, tokens in gathered))
+    values = [by_row[prompt.row] for prompt in prompts]
+    # a completion without a supervised token must not look like a perfect one
+    worst = min((value for value in values if not math.isnan(value)), default=-math.inf)
+    return Scores(
+        values=tuple(worst if math.isnan(value) else value for value in values),
+        tokens=sum(tokens for *_, tokens in gathered),
+    )
 
 
 def _accuracies(run: Run, written: Rollouts, verifier: Verifier | None) -> list[tuple[int, float]]:
@@ -59,7 +65,7 @@ def _accuracies(run: Run, written: Rollouts, verifier: Verifier | None) -> list[
 
 
 def _minus_objective(run: Run, written: Rollouts) -> list[tuple[int, float]]:
-    """(row, minus the weighted objectives' mean over the supervised tokens) of each completion; 0 without any."""
+    """(row, minus the weighted objectives' mean over the supervised tokens) of each completion; NaN without any."""
     rows: list[tuple[int, float]] = []
     run.stage.model.eval()
     for micro in split_by_tokens(run.teacher.prepare(written), run.recipe.micro_batch_tokens):
@@ -73,7 +79,7 @@ def _minus_objective(run: Run, written: Rollouts) -> list[tuple[int, float]]:
         totals = [0.0] * len(micro)
         for objective, value in zip(run.stage.objectives, values, strict=True):
             for i, part in enumerate(value.split(objective.supervised(micro))):
-                totals[i] -= objective.coefficient * float(part.double().mean()) if len(part) else 0.0
+                totals[i] -= objective.coefficient * float(part.double().mean()) if len(part) else math.nan
         rows += [(prompt.row, total) for prompt, total in zip(micro.prompts, totals, strict=True)]
     for objective in run.stage.objectives:
         objective.tallies()  # what was counted here is not the next step's
