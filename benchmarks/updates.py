@@ -1,10 +1,12 @@
 """How straight the plain runs of effopd.py were, and how early they knew where to go: `python benchmarks/updates.py ARM ...`.
 
 Each arm must have been trained on this machine by effopd.py, whose run folder keeps a checkpoint every 8 steps. What
-`oprd diagnose updates` finds goes, as means over weight matrices, to benchmarks/results/updates.json.
+`oprd diagnose updates` finds goes, as means over weight matrices, to benchmarks/results/updates.json; the figure has the
+accuracy along the early direction as well.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from oprd.train.run_folder import describe_machine, write_atomically
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "updates.json"
 FIGURE = ROOT / "docs" / "updates.svg"
+SHARES = (0.2, 0.4, 0.6, 0.8)
 MEASURES = {
     "cosine": "cosine with the final update",
     "subspace_cosine": "cosine of the top 4 directions",
@@ -28,7 +31,7 @@ MEASURES = {
 
 def measure(folder: Path) -> dict[str, Any]:
     """By checkpoint, the mean over matrices of every measure; and "go far early"."""
-    table = json.loads(diagnose_updates(folder).read_text(encoding="utf-8"))
+    table = json.loads(diagnose_updates(folder, SHARES).read_text(encoding="utf-8"))
     steps = sorted({row["step"] for row in table["matrices"]})
     at = {step: [row for row in table["matrices"] if row["step"] == step] for step in steps}
     return {
@@ -42,7 +45,7 @@ def measure(folder: Path) -> dict[str, Any]:
 def draw(arms: dict[str, dict[str, Any]]) -> None:
     """Each measure against the step, mean over seeds: a line for each objective and rate."""
     settings = sorted({name.rsplit("-", 3)[0] for name in arms})
-    row = []
+    row = [along(arms, settings)]
     for key, title in MEASURES.items():
         lines = {}
         for setting in settings:
@@ -53,6 +56,23 @@ def draw(arms: dict[str, dict[str, Any]]) -> None:
         colours = dict(zip(lines, COLOURS, strict=False))
         row.append(Chart(title=title, x_label="step", lines=lines, colours=colours, low=0.0, high=1.0))
     write_charts([row], FIGURE)
+
+
+def along(arms: dict[str, dict[str, Any]], settings: list[str]) -> Chart:
+    """Accuracy gained at each share of the final norm, of what the run gained at its end: mean over seeds of both."""
+    lines = {}
+    for setting in settings:
+        found = [arm["far_early"] for name, arm in arms.items() if name.rsplit("-", 3)[0] == setting]
+        gain = sum(score["final"] - score["before"] for score in found)
+        at = [
+            sum([*dict(score["along"]).values(), score["rescaled"]][i] - score["before"] for score in found)
+            for i in range(len(SHARES) + 1)
+        ]
+        lines[f"{setting} ({len(found)})"] = (0.0, *SHARES, 1.0), [0.0, *(value / gain for value in at)]
+    colours = dict(zip(lines, COLOURS, strict=False))
+    low = math.floor(min(min(y) for _, y in lines.values()))
+    title = "share of the gain, from 10% of the run"
+    return Chart(title=title, x_label="share of the final norm", lines=lines, colours=colours, low=low, high=1.0)
 
 
 def main(names: list[str]) -> None:

@@ -99,11 +99,16 @@ def evaluate(
 
 
 @diagnose.command("updates")
-def diagnose_updates(run: Annotated[Path, typer.Argument(help="A run folder that keeps several checkpoints.")]) -> None:
+def diagnose_updates(
+    run: Annotated[Path, typer.Argument(help="A run folder that keeps several checkpoints.")],
+    share: Annotated[
+        list[float] | None, typer.Option(help="Score the early update at this share of the final norm too; repeatable.")
+    ] = None,
+) -> None:
     """Where the weights went and how early: norms, dominant directions, "go far early". Writes RUN/updates.json."""
     from oprd.diagnose.updates import diagnose_updates
 
-    print(f"{diagnose_updates(run)}; look at it: oprd report {run}")
+    print(f"{diagnose_updates(run, share or ())}; look at it: oprd report {run}")
 
 
 @app.command("show-config")

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from conftest import miniature_recipe
 from oprd.config.reading import parse_recipe
 from oprd.diagnose.updates import _early, _left, _measure, _update, diagnose_updates, rescaled
-from oprd.errors import RunFolderError
+from oprd.errors import ConfigError, RunFolderError
 from oprd.models import load_student
 from oprd.report.html import write_report
 from oprd.train.build import build
@@ -52,6 +52,8 @@ def test_going_far_early_keeps_the_direction_and_takes_the_final_norm():
         {"a": torch.tensor([0.0, 10.0]), "b": torch.ones(2)},
     )
     far = rescaled(early, final)
+    for name, value in rescaled(early, final, 0.5).items():
+        assert_close(value, far[name] / 2)
     assert_close(far["a"], torch.tensor([6.0, 8.0]))
     assert_close(far["b"], torch.zeros(2))
 
@@ -77,7 +79,7 @@ def test_a_checkpoints_weights_are_read_back_whole(finished):
 
 def test_a_run_is_diagnosed_and_drawn(finished):
     _, out, _ = finished
-    table = json.loads(diagnose_updates(out).read_text())
+    table = json.loads(diagnose_updates(out, (0.25, 0.5)).read_text())
     assert {row["step"] for row in table["matrices"]} == {1, 2, 3, 4}
     assert {row["block"] for row in table["matrices"]} == {1, 2, 3, 4}
     assert {row["kind"] for row in table["matrices"]} >= {"self_attn.q_proj", "mlp.down_proj"}
@@ -88,6 +90,7 @@ def test_a_run_is_diagnosed_and_drawn(finished):
     (score,) = table["far_early"]
     assert (score["early_step"], score["final_step"]) == (1, 4)
     assert all(0 <= score[name] <= 1 for name in ("before", "early", "rescaled", "final"))
+    assert [share for share, _ in score["along"]] == [0.25, 0.5]
     page = write_report([out], out / "report.html").read_text()
     for title in ("Update by matrix kind", "go far early, from step 1 of 4", "norm of the final update by depth"):
         assert title in page
@@ -119,6 +122,8 @@ def test_a_run_without_a_path_is_refused(tmp_path, finished):
     tree, *_ = finished
     with pytest.raises(RunFolderError, match="is not a run folder"):
         diagnose_updates(tmp_path)
+    with pytest.raises(ConfigError, match=r"must be positive, got \[0\.5, 0\.0\]"):
+        diagnose_updates(tmp_path, (0.5, 0.0))
     import yaml
 
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))

@@ -109,6 +109,7 @@ def test_searches_and_updates_are_drawn_where_a_run_has_them(tmp_path):
         "before": 0.1,
         "early": 0.2,
         "rescaled": 0.3,
+        "along": [[0.5, 0.35]],
         "final": 0.4,
     }
     (run / "updates.json").write_text(json.dumps({"rank": 4, "matrices": [matrix], "far_early": [scores]}))
@@ -117,6 +118,7 @@ def test_searches_and_updates_are_drawn_where_a_run_has_them(tmp_path):
         "Extrapolation: factor accepted",
         "Energy of the update in its top 4 directions",
         "go far early, from step 1 of 9",
+        "to 0.5 of the final norm",
     )
     assert all(title in page for title in titles)
 

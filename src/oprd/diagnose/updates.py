@@ -19,7 +19,7 @@ from torch.nn.functional import cosine_similarity
 from oprd.config.reading import parse_recipe
 from oprd.config.recipe import Recipe
 from oprd.data.chat import stop_ids
-from oprd.errors import RunFolderError
+from oprd.errors import ConfigError, RunFolderError
 from oprd.evaluate.benchmarks import load_benchmarks
 from oprd.evaluate.run import evaluate
 from oprd.evaluate.verify import Verifier
@@ -68,6 +68,8 @@ class FarEarly:
     rescaled: float
     """Of the early checkpoint with its update rescaled per matrix to the final norm."""
     final: float
+    along: tuple[tuple[float, float], ...]
+    """(share of the final norm, accuracy) at other lengths of the early direction, where they were asked for [ours]."""
 
     @property
     def recovered(self) -> float | None:
@@ -76,11 +78,15 @@ class FarEarly:
         return (self.rescaled - self.before) / gain if gain > 0 else None
 
 
-def diagnose_updates(run: Path) -> Path:
+def diagnose_updates(run: Path, shares: Sequence[float] = ()) -> Path:
     """Write RUN/updates.json and return its path.
 
-    Raises RunFolderError unless RUN is a run folder with at least two checkpoints.
+    The early update is scored at the final norm, and at these `shares` of it.
+    Raises RunFolderError unless RUN is a run folder with at least two checkpoints, ConfigError for a share that is not
+    positive.
     """
+    if not all(share > 0 for share in shares):
+        raise ConfigError(f"shares of the final norm must be positive, got {list(shares)}")
     recipe, found = _read_run(run)
     student = load_student(dataclasses.replace(recipe.student, lora=None))
     lm = LanguageModel(model=student, tokenizer=load_tokenizer(recipe.student.model, recipe.student.gguf_file), name="")
@@ -101,7 +107,7 @@ def diagnose_updates(run: Path) -> Path:
                     rows.append(_measure(step, block, kind, update[name], start[name], last[name], bases[name]))
             updates[step] = update if step in (early, steps[-1]) else {}
             bar.advance(1)
-    scores = _far_early(recipe, lm, start, updates[early], updates[steps[-1]], (early, steps[-1]))
+    scores = _far_early(recipe, lm, start, updates[early], updates[steps[-1]], (early, steps[-1]), shares)
     out = run / "updates.json"
     table = {
         "rank": RANK,
@@ -188,10 +194,10 @@ def _measure(
     )
 
 
-def rescaled(early: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The early update, each tensor with the norm of the final one."""
+def rescaled(early: Mapping[str, Tensor], final: Mapping[str, Tensor], share: float = 1.0) -> dict[str, Tensor]:
+    """The early update, each tensor with that share of the norm of the final one."""
     return {
-        name: value * (final[name].norm() / value.norm()) if float(value.norm()) > 0 else value
+        name: value * (share * final[name].norm() / value.norm()) if float(value.norm()) > 0 else value
         for name, value in early.items()
     }
 
@@ -203,6 +209,7 @@ def _far_early(
     early: Mapping[str, Tensor],
     final: Mapping[str, Tensor],
     steps: tuple[int, int],
+    shares: Sequence[float],
 ) -> list[FarEarly]:
     """Accuracies on the recipe's benchmarks; none if it has none."""
     config = recipe.evaluation
@@ -217,9 +224,10 @@ def _far_early(
     batches = recipe.rollout.max_sequences
     engine = HFEngine(lm, stop_ids(lm.tokenizer, lm.core.generation_config), max_sequences=batches)
     variants = {"before": {}, "early": early, "rescaled": rescaled(early, final), "final": final}
+    along = {f"share {share}": rescaled(early, final, share) for share in shares}
     scores: dict[str, dict[str, float]] = {}
     with Verifier(timeout_s=config.verify_timeout_s) as verifier:
-        for variant, update in variants.items():
+        for variant, update in (variants | along).items():
             # names that share a tensor (tied embeddings) get it twice, equal
             _put(lm, {name: value + update[name] if name in update else value for name, value in start.items()})
             for benchmark in benchmarks:
@@ -229,7 +237,14 @@ def _far_early(
                     )
                 scores.setdefault(benchmark.name, {})[variant] = result.avg_at_k
     return [
-        FarEarly(benchmark=name, early_step=steps[0], final_step=steps[1], **values) for name, values in scores.items()
+        FarEarly(
+            benchmark=name,
+            early_step=steps[0],
+            final_step=steps[1],
+            **{variant: values[variant] for variant in variants},
+            along=tuple(zip(shares, (values[variant] for variant in along), strict=True)),
+        )
+        for name, values in scores.items()
     ]
 
 

@@ -302,9 +302,11 @@ def _far_early(run: RunFiles) -> go.Figure | None:
     """Accuracy before, at the early checkpoint, of that one rescaled to the final norm, and at the end."""
     figure = go.Figure()
     for i, row in enumerate(run.updates.get("far_early", [])):
-        names = ("before", "early", "rescaled", "final")
+        scores = {name: row[name] for name in ("before", "early")}
+        scores |= {f"to {share:g} of the final norm": score for share, score in sorted(row["along"])}
+        scores |= {name: row[name] for name in ("rescaled", "final")}
         figure.add_bar(
-            x=names, y=[row[n] for n in names], name=row["benchmark"], marker={"color": COLOURS[i % len(COLOURS)]}
+            x=list(scores), y=list(scores.values()), name=row["benchmark"], marker={"color": COLOURS[i % len(COLOURS)]}
         )
     rows = run.updates.get("far_early", [])
     steps = (rows[0]["early_step"], rows[0]["final_step"]) if rows else (0, 0)
