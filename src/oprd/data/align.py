@@ -101,8 +101,9 @@ class Aligner:
         """The teacher's tokens of the same text, and the positions of both that end at the same byte.
 
         The stop token of a finished completion becomes the teacher's own end of turn, paired with it. Of a cut one the
-        teacher's last token is not paired: it ends there because of the cut, and in the whole text might go on. Where the teacher's tokenizer changes the text (it
-        normalises, or the student wrote bytes that are no text), nothing is paired from there on.
+        teacher's last token is not paired: it ends there because of the cut, and in the whole text might go on. Where the
+        teacher's tokenizer changes the text (it normalises, or the student wrote bytes that are no text), nothing is
+        paired from there on.
         """
         stopped = finished and bool(ids) and ids[-1] in self._stops
         ours = self._student.pieces(ids[:-1] if stopped else ids)

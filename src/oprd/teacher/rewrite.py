@@ -29,9 +29,10 @@ from oprd.types import (
 )
 
 REASONS = ("no_answer", "wrong_answer", "no_reply", "empty", "unfinished", "longer", "other_answer")
-"""Why there is no rewriting to learn on, in the order in which it is looked at. For the first two the teacher is not asked:
-no rewriting can end in the answer of a completion that has none, as one that a length limit cut. One of equal length is kept: once the student is
-brief, good rewritings are no shorter, and a filter that wants them shorter lets only those through that left something out."""
+"""Why there is no rewriting to learn on, in the order in which it is looked at. For the first two the teacher is not asked: no
+rewriting can end in the answer of a completion that has none, as one that a length limit cut. One of equal length is kept:
+once the student is brief, good rewritings are no shorter, and a filter that wants them shorter lets only those through that
+left something out."""
 
 
 class Judged(Protocol):

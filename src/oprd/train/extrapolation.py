@@ -33,7 +33,7 @@ class Scores:
     values: tuple[float, ...]
     """One per prompt, higher is better."""
     tokens: int
-    """Generated for it, over all processes."""
+    """Generated for it, over all processes; once where each writes the same."""
 
     @property
     def mean(self) -> float:
