@@ -118,7 +118,7 @@ def test_searches_and_updates_are_drawn_where_a_run_has_them(tmp_path):
         "Extrapolation: factor accepted",
         "Energy of the update in its top 4 directions",
         "go far early, from step 1 of 9",
-        "to 0.5 of the final norm",
+        "at 0.5",
     )
     assert all(title in page for title in titles)
 

@@ -223,7 +223,7 @@ def _accuracy(runs: Sequence[RunFiles], against: str) -> go.Figure | None:
                 mode="lines+markers",
                 line={"color": COLOURS[i % len(COLOURS)]},
             )
-    return _titled(figure, f"Accuracy (avg@k, 95% interval) by {COSTS[against]}", COSTS[against], "share correct")
+    return _titled(figure, f"Accuracy by {COSTS[against]}", COSTS[against], "avg@k, 95% interval")
 
 
 def _cosines(runs: Sequence[RunFiles]) -> go.Figure | None:
@@ -303,14 +303,19 @@ def _far_early(run: RunFiles) -> go.Figure | None:
     figure = go.Figure()
     for i, row in enumerate(run.updates.get("far_early", [])):
         scores = {name: row[name] for name in ("before", "early")}
-        scores |= {f"to {share:g} of the final norm": score for share, score in sorted(row["along"])}
+        scores |= {f"at {share:g}": score for share, score in sorted(row["along"])}
         scores |= {name: row[name] for name in ("rescaled", "final")}
         figure.add_bar(
             x=list(scores), y=list(scores.values()), name=row["benchmark"], marker={"color": COLOURS[i % len(COLOURS)]}
         )
     rows = run.updates.get("far_early", [])
     steps = (rows[0]["early_step"], rows[0]["final_step"]) if rows else (0, 0)
-    return _titled(figure, f"{run.name}: go far early, from step {steps[0]} of {steps[1]}", "weights", "share correct")
+    return _titled(
+        figure,
+        f"{run.name}: go far early, from step {steps[0]} of {steps[1]}",
+        "weights (at a share of the final norm)",
+        "share correct",
+    )
 
 
 def _line(i: int) -> dict[str, str]:
