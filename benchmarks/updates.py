@@ -69,7 +69,8 @@ def along(arms: dict[str, dict[str, Any]], settings: list[str]) -> Chart:
             for i in range(len(SHARES) + 1)
         ]
         lines[f"{setting} ({len(found)})"] = (0.0, *SHARES, 1.0), [0.0, *(value / gain for value in at)]
-    colours = dict(zip(lines, COLOURS, strict=False))
+    colours = dict(zip(lines, COLOURS, strict=False)) | {"paper: 0.8": "#999", "start: 0": "#ccc"}
+    lines |= {"paper: 0.8": ((0.0, 1.0), (0.8, 0.8)), "start: 0": ((0.0, 1.0), (0.0, 0.0))}
     low = math.floor(min(min(y) for _, y in lines.values()))
     title = "share of the gain, from 10% of the run"
     return Chart(title=title, x_label="share of the final norm", lines=lines, colours=colours, low=low, high=1.0)
