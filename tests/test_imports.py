@@ -11,7 +11,7 @@ from conftest import ROOT
 
 SOURCE = ROOT / "src" / "oprd"
 LAYERS = [
-    {"errors", "types", "progress"},
+    {"errors", "types", "progress", "seeds"},
     {"config"},
     {"data", "models", "kernels"},
     {"rollout", "teacher", "bridge"},

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from conftest import MODELS
-from oprd.data.align import Aligner, TokenBytes
+from oprd.data.align import RESPELLED, Aligner, TokenBytes
 from oprd.data.chat import encode, end_of_turn, stop_ids
 from oprd.errors import TeacherMismatch
 from oprd.models import load_tokenizer
@@ -105,8 +105,8 @@ def test_digits_pair_where_a_piece_of_two_ends_by_hand(tokenizers):
 
 def test_a_character_of_several_tokens_pairs_at_its_last_byte(tokenizers):
     student, teacher = tokenizers["miniature"], tokenizers["metaspace"]
-    ids = encode(student, "aé🙂b")  # one token per byte: 1 + 2 + 4 + 1, the last one cut
-    pairing = aligner(student, teacher).pair(ids, finished=False)
+    ids = encode(student, "aé🙂")  # one token per byte: 1 + 2 + 4
+    pairing = aligner(student, teacher).pair(ids, finished=True)
     assert ends(student, ids, pairing.student)[-1].decode() == "aé🙂"
 
 
@@ -116,6 +116,17 @@ def test_a_completion_cut_inside_a_character_pairs_nothing_from_the_last_whole_t
     pairing = aligner(student, teacher).pair(ids, finished=False)
     assert teacher.decode(pairing.teacher_ids) == "a+b"
     assert pairing.student == (0, 1)
+
+
+def test_the_word_that_a_cut_ends_in_is_not_paired_because_it_may_be_spelled_otherwise(tokenizers):
+    student, teacher = tokenizers["miniature"], tokenizers["smollm2"]
+    whole, cut = encode(student, "it is multiplication"), encode(student, "it is multipli")
+    of_whole = aligner(student, teacher).pair(whole, finished=True)
+    of_cut = aligner(student, teacher).pair(cut, finished=False)
+    n = len(of_cut.teacher_ids)
+    assert of_whole.teacher_ids[: n - 1] != of_cut.teacher_ids[:-1]  # more than its last token is another
+    assert of_cut.student == (1, 4)  # behind `it` and ` is`
+    assert set(of_cut.student) <= set(of_whole.student)
 
 
 def test_the_teachers_token_that_ends_at_a_cut_is_not_paired(tokenizers):
@@ -200,6 +211,8 @@ def test_identical_tokenizers_pair_every_position(name, text, tokenizers):
     ids = encode(tokenizer, b"".join(written).decode(errors="ignore"))
     if b"".join(token_bytes(tokenizer).pieces(ids)) != b"".join(written):
         return  # a text that this tokenizer changes, such as one with its own space mark in it
-    pairing = aligner(tokenizer, tokenizer).pair(ids, finished=False)
-    assert pairing.teacher_ids == ids
-    assert pairing.student == pairing.teacher == tuple(range(len(ids) - 1))  # the last might go on
+    whole, cut = (aligner(tokenizer, tokenizer).pair(ids, finished=finished) for finished in (True, False))
+    assert whole.teacher_ids == cut.teacher_ids == ids
+    assert whole.student == whole.teacher == tuple(range(len(ids)))
+    assert cut.student == cut.teacher == whole.student[: len(cut.student)]
+    assert not ids or len(ids) - RESPELLED <= len(cut.student) < len(ids)

@@ -40,13 +40,15 @@ def test_jsonl_csv_and_parquet_give_the_same_prompts(tmp_path, tokenizer):
 def test_the_answer_may_stand_in_a_column_of_another_name_or_a_nested_one(tmp_path, tokenizer):
     file = tmp_path / "nested.jsonl"
     file.write_text(json.dumps({"problem": "1+2", "reward_model": {"ground_truth": 3}, "gold.answer": "4"}) + "\n")
-    for column, answer in (("reward_model.ground_truth", "3"), ("gold.answer", "4"), ("reward_model.style", None)):
+    for column, answer in (("reward_model.ground_truth", "3"), ("gold.answer", "4")):
         (prompt,) = load_prompts(DataConfig(prompts=str(file), answer=column), tokenizer, context=256, room=16)
         assert prompt.answer == answer
     with pytest.raises(
         DataError, match=r"nested.jsonl:1: data.answer is 'problem.text', but what should hold 'text' is '1\+2'"
     ):
         load_prompts(DataConfig(prompts=str(file), answer="problem.text"), tokenizer, context=256, room=16)
+    with pytest.raises(DataError, match=r"data.answer is 'reward_model.truth', which no row of .*nested.jsonl has"):
+        load_prompts(DataConfig(prompts=str(file), answer="reward_model.truth"), tokenizer, context=256, room=16)
 
 
 def test_a_conversation_that_ends_with_the_assistant_gives_the_completion(tmp_path, tokenizer):

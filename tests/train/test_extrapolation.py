@@ -267,7 +267,7 @@ def test_missing_prompts_or_answers_are_told_before_anything_is_loaded(tmp_path,
         build(parse_recipe(miniature_recipe(tmp_path, train_file, extrapolation={"validation_prompts": 99})))
     bare = tmp_path / "bare.jsonl"
     bare.write_text("".join(json.dumps({"problem": f"{i}+1"}) + "\n" for i in range(60)))
-    with pytest.raises(DataError, match=r"has no column 'answer'; set extrapolation\.score=objective"):
+    with pytest.raises(DataError, match=r"has no 'answer' \(data\.answer\); set extrapolation\.score=objective"):
         build(parse_recipe(miniature_recipe(tmp_path / "run", bare, extrapolation={})))
 
 
@@ -317,11 +317,14 @@ def test_a_completion_without_a_supervised_token_is_no_perfect_one(tmp_path, tra
     plain = validate(run, config, None, SAMPLING, step=1)
     first = validation_prompts(config, run.prompts, run.recipe.seed)[0].row
     monkeypatch.setattr(
-        validation, "_minus_objective", lambda *x: [(row, math.nan if row == first else v) for row, v in real(*x)]
+        validation, "_minus_objective", lambda *x: [(row, None if row == first else v) for row, v in real(*x)]
     )
     assert validate(run, config, None, SAMPLING, step=1).values == (min(plain.values[1:]), *plain.values[1:])
-    monkeypatch.setattr(validation, "_minus_objective", lambda *x: [(row, math.nan) for row, _ in real(*x)])
+    monkeypatch.setattr(validation, "_minus_objective", lambda *x: [(row, None) for row, _ in real(*x)])
     assert validate(run, config, None, SAMPLING, step=1).mean == -math.inf
+    # a loss that is not a number is another thing, and is never accepted
+    monkeypatch.setattr(validation, "_minus_objective", lambda *x: [(row, math.nan) for row, _ in real(*x)])
+    assert math.isnan(validate(run, config, None, SAMPLING, step=1).mean)
 
 
 def test_norms_of_every_name_stay():

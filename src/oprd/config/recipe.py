@@ -114,13 +114,11 @@ class RolloutConfig:
                 "raise it, or shorten the schedule"
             )
 
-    @property
-    def shortest(self) -> int:
-        """The smallest of the limits of all steps, in tokens."""
+    def shortest(self, first: int, last: int) -> int:
+        """The smallest limit of these steps, counted from 1, in tokens."""
         schedule = self.length_schedule
-        if schedule is None:
-            return self.max_completion_length
-        return schedule.start if isinstance(schedule, LinearLengthConfig) else min(schedule.lengths)
+        changes = schedule.at if isinstance(schedule, StepwiseLengthConfig) else ()
+        return min(self.length_at(step) for step in (first, *changes) if first <= step <= last)
 
     def length_at(self, step: int) -> int:
         """Most tokens of a completion at a step, counted from 1."""
@@ -269,7 +267,9 @@ class Recipe:
         if self.stages and (self.objective != HiddenMSEConfig() or self.max_steps != 500):
             raise ConfigError("stages have their own objective and max_steps; drop those of the recipe")
         _check_audits([objective_terms(stage.objective) for stage in self.schedule()])
-        _check_lengths(self.rollout, self.teacher, [objective_terms(stage.objective) for stage in self.schedule()])
+        for stage, last in zip(self.schedule(), self.last_steps(), strict=True):
+            shortest = self.rollout.shortest(last - stage.max_steps + 1, last)
+            _check_lengths(self.rollout, shortest, self.teacher, objective_terms(stage.objective))
         for stage in self.schedule():
             for term in objective_terms(stage.objective):
                 if isinstance(term, OutputKLConfig) and term.estimator == "sampled" and not term.redraw:
@@ -313,17 +313,19 @@ def _check_audits(stages: Sequence[Sequence[SingleObjective]]) -> None:
         )
 
 
-def _check_lengths(rollout: RolloutConfig, teacher: TeacherConfig, stages: Sequence[Sequence[SingleObjective]]) -> None:
-    """Completions must be long enough for what is learned on them."""
-    audit = next((term for terms in stages for term in terms if isinstance(term, OmniOPDConfig)), None)
-    if audit is not None and rollout.shortest < audit.chunk_tokens:
+def _check_lengths(
+    rollout: RolloutConfig, shortest: int, teacher: TeacherConfig, terms: Sequence[SingleObjective]
+) -> None:
+    """Completions of a stage must be long enough for what is learned on them."""
+    audit = next((term for term in terms if isinstance(term, OmniOPDConfig)), None)
+    if audit is not None and shortest < audit.chunk_tokens:
         raise ConfigError(
-            f"omni_opd audits chunks of {audit.chunk_tokens} tokens, and completions of {rollout.shortest} have room for "
+            f"omni_opd audits chunks of {audit.chunk_tokens} tokens, and completions of {shortest} have room for "
             "none; lower chunk_tokens, or let length_schedule or max_completion_length begin there"
         )
     rewritten = any(isinstance(member, RewritingTeacherConfig) for member in _members(teacher))
-    only_text = any(all(isinstance(term, RewrittenConfig) for term in terms) for terms in stages)
-    if rewritten and only_text and rollout.length_schedule is not None:
+    only_text = all(isinstance(term, RewrittenConfig) for term in terms)
+    if rewritten and only_text and shortest < rollout.max_completion_length:
         raise ConfigError(
             "a completion that length_schedule cuts before its answer is not rewritten, and the objective 'nll' learns on "
             "rewritten ones alone; drop length_schedule, or add a term that learns on the student's completion as well"

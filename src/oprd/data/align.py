@@ -78,6 +78,11 @@ def _byte_alphabet() -> dict[str, bytes]:
     return own | {c: bytes([b]) for c, b in zip(others, missing, strict=True)}
 
 
+RESPELLED = 4
+"""Tokens at the end of a cut text that may be spelled otherwise when it goes on [ours]. Within a word all may, but a tokenizer
+that splits at spaces alone can have words as long as a line."""
+
+
 @final
 class Aligner:
     """Reads a student's completion as the teacher would have written it, and pairs the positions of both."""
@@ -101,9 +106,9 @@ class Aligner:
         """The teacher's tokens of the same text, and the positions of both that end at the same byte.
 
         The stop token of a finished completion becomes the teacher's own end of turn, paired with it. Of a cut one the
-        teacher's last token is not paired: it ends there because of the cut, and in the whole text might go on. Where the
-        teacher's tokenizer changes the text (it normalises, or the student wrote bytes that are no text), nothing is
-        paired from there on.
+        teacher's last word is not paired, of it at most RESPELLED tokens: had the text gone on, it might have been others.
+        Where the teacher's tokenizer changes the text (it normalises, or the student wrote bytes that are no text), nothing
+        is paired from there on.
         """
         stopped = finished and bool(ids) and ids[-1] in self._stops
         ours = self._student.pieces(ids[:-1] if stopped else ids)
@@ -114,9 +119,10 @@ class Aligner:
         read, skipped = _same_start(written, b"".join(theirs))
         student_at = _ends(ours)
         teacher_at = {end - skipped: i for end, i in _ends(theirs).items() if skipped <= end <= read + skipped}
-        pairs = [(i, teacher_at[end]) for end, i in student_at.items() if end in teacher_at]
         if not finished:
-            pairs = [(i, j) for i, j in pairs if j < len(teacher_ids) - 1]
+            word, few = self._last_word(text), len(teacher_ids) - RESPELLED
+            teacher_at = {end: i for end, i in teacher_at.items() if end <= word or i < few}
+        pairs = [(i, teacher_at[end]) for end, i in student_at.items() if end in teacher_at]
         if stopped:
             pairs.append((len(ids) - 1, len(teacher_ids)))
             teacher_ids = (*teacher_ids, self._teacher_end)
@@ -125,6 +131,12 @@ class Aligner:
             student=tuple(i for i, _ in pairs),
             teacher=tuple(i for _, i in pairs),
         )
+
+    def _last_word(self, text: str) -> int:
+        """Bytes before the last piece into which the teacher's tokenizer splits a text first; 0 if it does not."""
+        splitter = self._teacher_tokenizer.backend_tokenizer.pre_tokenizer
+        words = splitter.pre_tokenize_str(text) if splitter is not None else ()
+        return len(text[: words[-1][1][0]].encode()) if words else 0
 
 
 def _ends(pieces: Sequence[bytes]) -> dict[int, int]:

@@ -40,6 +40,10 @@ def load_prompts(
         prompts.append(_prompt(number, where, row, config, tokenizer, context - room))
     if not prompts:
         raise DataError(f"{config.prompts}: the dataset is empty")
+    if config.answer != "answer" and all(prompt.answer is None for prompt in prompts):
+        raise DataError(
+            f"data.answer is {config.answer!r}, which no row of {config.prompts} has; correct the name, or drop it"
+        )
     return tuple(prompts)
 
 

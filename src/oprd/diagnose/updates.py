@@ -224,6 +224,7 @@ def _far_early(
     batches = recipe.rollout.max_sequences
     engine = HFEngine(lm, stop_ids(lm.tokenizer, lm.core.generation_config), max_sequences=batches)
     variants = {"before": {}, "early": early, "rescaled": rescaled(early, final), "final": final}
+    shares = sorted(set(shares))
     along = {f"share {share}": rescaled(early, final, share) for share in shares}
     scores: dict[str, dict[str, float]] = {}
     with Verifier(timeout_s=config.verify_timeout_s) as verifier:

@@ -151,7 +151,7 @@ def _summary(run: RunFiles) -> dict[str, str]:
         "objective": ", then ".join(_objective(stage.get("objective", {})) for stage in stages),
         "steps": f"{last.get('step', 0)} of {steps}",
         "scores": "; ".join(_score(row) for row in _last_evaluations(run)) or "none yet",
-        "minutes": f"{last.get('training_seconds/total', 0) / 60:.1f}",
+        "minutes": f"{last['training_seconds/total'] / 60:.1f}" if "training_seconds/total" in last else "–",
         "peak memory, GiB": f"{last['memory/peak_gib']:.2f}" if "memory/peak_gib" in last else "–",
         "truncated": f"{last['rollout/truncated/share']:.0%}" if "rollout/truncated/share" in last else "–",
         "skipped steps": str(last.get("train/skipped_steps/total", "–")),
@@ -303,13 +303,13 @@ def _far_early(run: RunFiles) -> go.Figure | None:
     figure = go.Figure()
     for i, row in enumerate(run.updates.get("far_early", [])):
         scores = {name: row[name] for name in ("before", "early")}
-        scores |= {f"at {share:g}": score for share, score in sorted(row["along"])}
+        scores |= {f"at {share:g}": score for share, score in sorted(row.get("along", ()))}
         scores |= {name: row[name] for name in ("rescaled", "final")}
         figure.add_bar(
             x=list(scores), y=list(scores.values()), name=row["benchmark"], marker={"color": COLOURS[i % len(COLOURS)]}
         )
     rows = run.updates.get("far_early", [])
-    steps = (rows[0]["early_step"], rows[0]["final_step"]) if rows else (0, 0)
+    steps = (rows[0]["early_step"], rows[0].get("final_step", "?")) if rows else (0, 0)
     return _titled(
         figure,
         f"{run.name}: go far early, from step {steps[0]} of {steps[1]}",

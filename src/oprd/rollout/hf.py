@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 
 from oprd.models import LanguageModel
 from oprd.rollout.base import RolloutEngine, Sampling
+from oprd.seeds import derive_seed
 from oprd.types import PromptBatch, Rollouts
 
 
@@ -52,7 +53,7 @@ class HFEngine(RolloutEngine):
         with torch.random.fork_rng(devices=devices), self._autocast():
             for number, start in enumerate(range(0, len(order), self._max_sequences)):
                 # how long one batch runs must not decide what the next one draws: other weights, the same random numbers
-                torch.manual_seed(seed + number)
+                torch.manual_seed(derive_seed(seed, number) if number else seed)
                 rows = order[start : start + self._max_sequences]
                 for i, ids in zip(rows, self._batch([repeated[i].token_ids for i in rows], sampling), strict=True):
                     completions[i] = ids

@@ -3,6 +3,7 @@
 MPD: arXiv 2605.08776 [second-hand]; the prompt and the filters are ours, none were published.
 """
 
+import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -140,7 +141,7 @@ class RewritingTeacher(WritingTeacher):
     def _not_asked(self, text: str, finished: bool, own: Judged) -> str | None:
         """Why no rewriting of this completion could be used."""
         # the last number of a completion that was cut is no answer, unless it was boxed
-        if own.extracted is None or not (finished or "\\boxed" in text):
+        if own.extracted is None or not (finished or re.search(r"\\boxed\{[^}]*\}", text)):
             return "no_answer"
         return "wrong_answer" if self.config.only_correct and not own.correct else None
 

@@ -282,8 +282,8 @@ def _check_validation(recipe: Recipe, prompts: tuple[Prompt, ...]) -> None:
     bare = next((prompt for prompt in chosen if prompt.answer is None), None)
     if config.score == "accuracy" and bare is not None:
         raise DataError(
-            f"extrapolation.score is 'accuracy', but row {bare.row} of {recipe.data.prompts} has no column 'answer'; "
-            "set extrapolation.score=objective, or add the answers"
+            f"extrapolation.score is 'accuracy', but row {bare.row} of {recipe.data.prompts} has no {recipe.data.answer!r} "
+            "(data.answer); set extrapolation.score=objective, name the column, or add the answers"
         )
 
 

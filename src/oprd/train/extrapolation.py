@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from oprd.config.recipe import PAIRED_LEVEL, SIGN_FLIPS, EffOPDConfig
 from oprd.errors import TrainingStopped
 from oprd.models import LanguageModel
-from oprd.train.log import derive_seed
+from oprd.seeds import derive_seed
 from oprd.types import Prompt
 
 SETTLED_COSINE = 0.5

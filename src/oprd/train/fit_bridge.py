@@ -33,11 +33,12 @@ from oprd.models import LanguageModel, Shape, load_student, load_tokenizer, read
 from oprd.objectives.bridge import Bridge, bridge_pairs, bridge_readings, bridge_setting, check_rank
 from oprd.progress import console, progress_bar
 from oprd.rollout.hf import HFEngine
+from oprd.seeds import derive_seed
 from oprd.teacher.base import Teacher
 from oprd.teacher.local import LocalTeacher
 from oprd.train.build import Run
 from oprd.train.check import Checked, Given, check_teachers
-from oprd.train.log import derive_seed
+from oprd.train.processes import gather
 from oprd.train.rollouts import sampling_with
 from oprd.train.teachers import build_teacher
 from oprd.types import MicroBatch, Prompt, PromptBatch, Reading, Rollouts, States
@@ -196,8 +197,12 @@ def prepare_fit(recipe: Recipe, given: Given) -> Job:
     )
 
 
-def refit(run: Run, step: int) -> None:
-    """Fit the bridges of the stage again, on fresh rollouts of the student as it is after `step` steps."""
+def refit(run: Run, step: int) -> int:
+    """Fit the bridges of the stage again, on fresh rollouts of the student as it is after `step` steps.
+
+    Returns the tokens that all processes generated for it.
+    """
+    generated = 0
     for number, bridge in enumerate(run.stage.objectives):
         if not _is_due(bridge, step):
             continue
@@ -215,8 +220,11 @@ def refit(run: Run, step: int) -> None:
         sampling = sampling_with(run.recipe.rollout, max_tokens=run.recipe.rollout.max_completion_length)
 
         def write(i: int, batches=batches, sampling=sampling, number=number) -> Rollouts:
+            nonlocal generated
             seed = derive_seed(run.recipe.seed, "refit", step, number, i, run.accelerator.process_index)
-            return run.engine.generate(PromptBatch(prompts=batches[i]), sampling, seed=seed)
+            rollouts = run.engine.generate(PromptBatch(prompts=batches[i]), sampling, seed=seed)
+            generated += sum(rollouts.lengths)
+            return rollouts
 
         first = [sum(map(len, batches[:i])) for i in range(len(batches))]
         accumulate(
@@ -231,6 +239,7 @@ def refit(run: Run, step: int) -> None:
             for _, tensor in moments.tensors():
                 tensor.copy_(cast(torch.Tensor, run.accelerator.reduce(tensor, "sum")))
         bridge.refit(solve_all(both, sums, max_rank=max(bridge.ranks)))
+    return int(gather(run, [float(generated)]).sum())
 
 
 def needs_refit(run: Run, step: int) -> bool:

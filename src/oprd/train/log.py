@@ -1,7 +1,6 @@
 """Where the seconds go, what is random, and how the user stops a run."""
 
 import contextlib
-import hashlib
 import resource
 import signal
 import threading
@@ -13,12 +12,6 @@ from typing import Any
 import torch
 
 from oprd.progress import console
-
-
-def derive_seed(seed: int, *path: object) -> int:
-    """A seed of its own for every purpose, step and process: nothing random has a state to be saved."""
-    digest = hashlib.blake2b("/".join(map(str, (seed, *path))).encode(), digest_size=7).digest()
-    return int.from_bytes(digest, "big")
 
 
 class Clock:

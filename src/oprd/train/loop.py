@@ -16,10 +16,11 @@ from oprd.evaluate.run import Evaluation, evaluate, evaluation_from
 from oprd.evaluate.verify import Verifier
 from oprd.objectives.bridge import Bridge
 from oprd.progress import Bar, console, progress_bar
+from oprd.seeds import derive_seed
 from oprd.train.build import Run, enter_next_stage
 from oprd.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from oprd.train.fit_bridge import needs_refit, refit
-from oprd.train.log import Clock, Interrupt, derive_seed, peak_memory_gib
+from oprd.train.log import Clock, Interrupt, peak_memory_gib
 from oprd.train.processes import anywhere
 from oprd.train.record import measure_health, progress_note, some_samples, step_metrics
 from oprd.train.rollouts import rollouts_of_step, sampling_with, with_logprobs
@@ -53,10 +54,10 @@ class Progress:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
-    """Of the steps, searches of the extrapolation included."""
+    """Of the steps, searches of the extrapolation and new fits of a bridge included."""
     evaluation_seconds: float = 0.0
     generated_tokens: int = 0
-    """By the student for its steps and for searches, over all processes."""
+    """By the student for its steps, searches and new fits, over all processes."""
     warned_of_truncation: bool = False
 
 
@@ -86,7 +87,9 @@ def train(run: Run) -> Result:
             if progress.step == ends[run.stage.number]:
                 run = enter_next_stage(run)
             if needs_refit(run, progress.step):
-                refit(run, progress.step)
+                start = time.perf_counter()
+                progress.generated_tokens += refit(run, progress.step)
+                progress.seconds += time.perf_counter() - start
             _step(run, progress, bar, verifier)
             last = progress.step == ends[-1]
             if recipe.eval_steps is not None and progress.step % recipe.eval_steps == 0 and not last:

@@ -11,8 +11,8 @@ from oprd.data.chat import encode, end_of_turn
 from oprd.data.collate import split_by_tokens
 from oprd.kernels.chunked import sampled_logprobs
 from oprd.rollout.base import Sampling
+from oprd.seeds import derive_seed
 from oprd.train.build import Run
-from oprd.train.log import derive_seed
 from oprd.train.processes import gather
 from oprd.train.update import student_batch
 from oprd.types import Prompt, Reading, Rollouts, States, TokenSelection, concatenate

@@ -53,7 +53,7 @@ def update_step(run: Run, rollouts: Rollouts, clock: Clock) -> Update:
             "the assistant starts to write, and is the stop token not the first thing it writes?"
             if rollouts.pairings is None
             else "no token of this step ends where one of the teacher's ends, so none is supervised. Does the student write "
-            "text, and does the teacher's tokenizer keep it as it is?"
+            "text, does the teacher's tokenizer keep it as it is, and are completions longer than a word (length_schedule)?"
         )
     sums = torch.zeros(len(objectives), dtype=torch.float64)
     run.stage.model.train()

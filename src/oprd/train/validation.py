@@ -12,9 +12,9 @@ from oprd.data.chat import decode
 from oprd.data.collate import split_by_tokens
 from oprd.evaluate.verify import Verifier
 from oprd.rollout.base import Sampling
+from oprd.seeds import derive_seed
 from oprd.train.build import Run
 from oprd.train.extrapolation import Scores, validation_prompts
-from oprd.train.log import derive_seed
 from oprd.train.update import student_batch
 from oprd.types import PromptBatch, Rollouts, States, TeacherTargets
 
@@ -30,7 +30,7 @@ def validate(run: Run, config: EffOPDConfig, verifier: Verifier | None, sampling
         rank, processes = 0, 1
     prompts = validation_prompts(config, run.prompts, run.recipe.seed)
     mine = prompts[rank::processes]
-    rows: list[tuple[int, float, int]] = []
+    rows: list[tuple[int, float | None, int]] = []
     if mine:
         seed = derive_seed(run.recipe.seed, "extrapolation", step, rank)
         written = run.engine.generate(PromptBatch(prompts=mine), sampling, seed=seed)
@@ -43,23 +43,20 @@ def validate(run: Run, config: EffOPDConfig, verifier: Verifier | None, sampling
             with torch.random.fork_rng(devices=[]):  # an objective that draws does so alike for every candidate
                 torch.manual_seed(seed)
                 values = _minus_objective(run, written)
-        rows = [
-            (prompt.row, sum(v for row, v in values if row == prompt.row) / config.validation_samples, 0)
-            for prompt in mine
-        ]
+        rows = [(prompt.row, _mean([value for row, value in values if row == prompt.row]), 0) for prompt in mine]
         rows[0] = (*rows[0][:2], sum(written.lengths))
     gathered = gather_object(rows)[: len(prompts)]  # sharded: every process has all; the first one's count
     by_row = {row: value for row, value, _ in gathered}
     values = [by_row[prompt.row] for prompt in prompts]
     # a completion without a supervised token must not look like a perfect one
-    worst = min((value for value in values if not math.isnan(value)), default=-math.inf)
+    worst = min((value for value in values if value is not None), default=-math.inf)
     return Scores(
-        values=tuple(worst if math.isnan(value) else value for value in values),
+        values=tuple(worst if value is None else value for value in values),
         tokens=sum(tokens for *_, tokens in gathered),
     )
 
 
-def _accuracies(run: Run, written: Rollouts, verifier: Verifier | None) -> list[tuple[int, float]]:
+def _accuracies(run: Run, written: Rollouts, verifier: Verifier | None) -> list[tuple[int, float | None]]:
     """(row, 1 if right else 0) of each completion."""
     assert verifier is not None
     texts = [decode(run.lm.tokenizer, ids) for ids in written.completion_ids]
@@ -67,9 +64,15 @@ def _accuracies(run: Run, written: Rollouts, verifier: Verifier | None) -> list[
     return [(prompt.row, float(verdict.correct)) for prompt, verdict in zip(written.prompts, verdicts, strict=True)]
 
 
-def _minus_objective(run: Run, written: Rollouts) -> list[tuple[int, float]]:
-    """(row, minus the weighted objectives' mean over the supervised tokens) of each completion; NaN without any."""
-    rows: list[tuple[int, float]] = []
+def _mean(values: list[float | None]) -> float | None:
+    """Of one prompt's completions; None if one of them has nothing to score."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(values) if len(known) == len(values) else None
+
+
+def _minus_objective(run: Run, written: Rollouts) -> list[tuple[int, float | None]]:
+    """(row, minus the weighted objectives' mean over the supervised tokens) of each completion; None without any."""
+    rows: list[tuple[int, float | None]] = []
     run.stage.model.eval()
     for micro in split_by_tokens(run.teacher.prepare(written), run.recipe.micro_batch_tokens):
         targets = run.teacher.targets(micro, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head)
@@ -79,10 +82,12 @@ def _minus_objective(run: Run, written: Rollouts) -> list[tuple[int, float]]:
             run.stage.distill.uses_head,
             partial(_per_token, run, targets),
         )
-        totals = [0.0] * len(micro)
+        totals: list[float | None] = [0.0] * len(micro)
         for objective, value in zip(run.stage.objectives, values, strict=True):
             for i, part in enumerate(value.split(objective.supervised(micro))):
-                totals[i] -= objective.coefficient * float(part.double().mean()) if len(part) else math.nan
+                so_far = totals[i]
+                if so_far is not None:
+                    totals[i] = so_far - objective.coefficient * float(part.double().mean()) if len(part) else None
         rows += [(prompt.row, total) for prompt, total in zip(micro.prompts, totals, strict=True)]
     for objective in run.stage.objectives:
         objective.tallies()  # what was counted here is not the next step's
