@@ -134,7 +134,7 @@ class Aligner:
 
     def _last_word(self, text: str) -> int:
         """Bytes before the last piece into which the teacher's tokenizer splits a text first; 0 if it does not."""
-        splitter = self._teacher_tokenizer.backend_tokenizer.pre_tokenizer
+        splitter = cast(Any, self._teacher_tokenizer).backend_tokenizer.pre_tokenizer
         words = splitter.pre_tokenize_str(text) if splitter is not None else ()
         return len(text[: words[-1][1][0]].encode()) if words else 0
 
