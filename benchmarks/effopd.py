@@ -247,9 +247,10 @@ def draw(arms: dict[str, dict[str, Any]], settings: Sequence[str], variants: Seq
         row = []
         for against in ("step", "seconds", "generated_tokens"):
             lines = {name: curve(runs, against) for name, runs in named.items()}
+            low = math.floor(10 * min(min(y) for _, y in lines.values())) / 10
             high = math.ceil(10 * max(max(y) for _, y in lines.values())) / 10
             label = against.replace("_", " ")
-            row.append(Chart(title=setting, x_label=label, lines=lines, colours=colours, low=0.2, high=high))
+            row.append(Chart(title=setting, x_label=label, lines=lines, colours=colours, low=low, high=high))
         rows.append(row)
     if rows:
         write_charts(rows, out)
