@@ -45,6 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     # searches: as published, and with what is ours
     "paper": {"extrapolation": {"type": "effopd"}},
+    "strict": {"extrapolation": {"type": "effopd", "accept_ties": False}},
     "paired": {"extrapolation": {"type": "effopd", "accept": "paired"}},
     "objective": {"extrapolation": {"type": "effopd", "score": "objective", "accept": "paired"}},
     "averaged": {
