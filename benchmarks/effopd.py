@@ -86,7 +86,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "first16": {"objective": {"tokens": "first_k", "k": 16}},
     # four updates with each rollout
     "stale4": {"rollout": {"updates_per_rollout": 4}},
+    # of 4,000 prompts the first
     "one_prompt": {"data": {"limit": 1}},
+    "prompts16": {"data": {"limit": 16}},
+    "prompts256": {"data": {"limit": 256}},
 }
 SEARCHES = ("plain", "paper", "small", "averaged")
 SCHEDULES = ("plain", "short16", "growing", "first16", "stale4", "one_prompt")
