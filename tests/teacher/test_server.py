@@ -419,18 +419,25 @@ def test_a_local_teacher_of_another_tokenizer_can_be_asked_for_text(tmp_path, tr
 @pytest.mark.slow
 def test_smollm2_behind_a_server_teaches_three_steps_on_real_problems(smollm2, dapo, tmp_path):
     """Its own weights teach it: OmniOPD, then MPD by likelihood, from text alone."""
+    # ten tokens are no answer to a real problem, and what has no answer is not rewritten
+    easy = tmp_path / "easy.jsonl"
+    sums = [{"problem": f"What is {i} + 2? Be brief.", "answer": str(i + 2)} for i in range(8)]
+    easy.write_text("".join(json.dumps(row) + "\n" for row in sums))
     with transformers_serve(smollm2, tmp_path / "log.txt") as url:
         teacher = served(url, model=str(smollm2), tokenizer=str(smollm2), many_samples=False, request_timeout_s=120.0)
         omni = OMNI | {"chunk_tokens": 4, "chunks": 1, "continuations": 2}
         rewrite = {"type": "rewrite", "teacher": teacher}
-        for name, by, objective in (("omni", teacher, omni), ("mpd", rewrite, {"type": "nll"})):
+        for name, by, objective, prompts, length in (
+            ("omni", teacher, omni, dapo, 10),
+            ("mpd", rewrite, {"type": "nll"}, easy, 32),
+        ):
             tree = {
                 "student": {"model": str(smollm2), "lora": {"r": 8}},
                 "teacher": by,
                 "objective": objective,
-                "data": {"prompts": str(dapo), "limit": 8},
-                "rollout": {"group_size": 1, "max_completion_length": 10},
-                "prompts_per_step": 1,
+                "data": {"prompts": str(prompts), "limit": 8},
+                "rollout": {"group_size": 1, "max_completion_length": length},
+                "prompts_per_step": 1 if name == "omni" else 4,
                 "max_steps": 3,
                 "learning_rate": 1e-4,
                 "health_tokens": 0,
@@ -439,5 +446,7 @@ def test_smollm2_behind_a_server_teaches_three_steps_on_real_problems(smollm2, d
             run_recipe(parse_recipe(tree))
             rows = metrics(tmp_path / name)
             assert len(rows) == 3
-            assert all(row["teacher/requests/sum"] > 0 and row["teacher/lost/sum"] == 0 for row in rows)
+            asked = [row["teacher/requests/sum"] for row in rows]
+            assert all(asked) if name == "omni" else sum(asked) >= 3
+            assert all(row["teacher/lost/sum"] == 0 for row in rows)
     assert all(row["omni/audited/share"] > 0.3 for row in metrics(tmp_path / "omni"))
