@@ -11,7 +11,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -260,10 +261,17 @@ def draw(arms: dict[str, dict[str, Any]], settings: Sequence[str], variants: Seq
         write_charts(rows, out)
 
 
-def keep(name: str, arm: dict[str, Any]) -> None:
-    """Into the results, alone with the file: arms may run side by side."""
+@contextmanager
+def alone() -> Iterator[None]:
+    """Arms may run side by side; within, this one is alone with the files they share."""
     with (RUNS / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def keep(name: str, arm: dict[str, Any]) -> None:
+    """Into the results, and the figures anew."""
+    with alone():
         arms = finished() | {name: arm}
         table = {"summary": summarize(arms), "arms": arms, "machine": describe_machine()}
         write_atomically(RESULTS, json.dumps(table) + "\n")
@@ -282,8 +290,10 @@ def main(names: list[str]) -> None:
     log.time = SimpleNamespace(perf_counter=cpu_seconds)
     RUNS.mkdir(parents=True, exist_ok=True)
     train, held_out = RUNS / "train.jsonl", RUNS / "held_out.jsonl"
-    write_jsonl(train, sums(4000, seed=1, held_out=False))
-    write_jsonl(held_out, sums(200, seed=2, held_out=True))
+    with alone():
+        if not (train.is_file() and held_out.is_file()):
+            write_jsonl(train, sums(4000, seed=1, held_out=False))
+            write_jsonl(held_out, sums(200, seed=2, held_out=True))
     for name in names:
         if name not in finished():
             done = run_recipe(recipe_of(arm_of(name), train, held_out))
