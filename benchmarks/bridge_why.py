@@ -28,7 +28,7 @@ from oprd.rollout.base import Sampling
 from oprd.train.build import Run, build
 from oprd.train.fit_bridge import fit_bridge
 from oprd.train.run_folder import describe_machine
-from oprd.train.update import student_batch
+from oprd.train.update import student_batch, teacher_targets
 from oprd.types import HiddenTargets, PromptBatch, Rollouts
 
 RESULT = Path(__file__).parent / "results" / "bridge_why.json"
@@ -55,7 +55,7 @@ def completions(run: Run) -> Rollouts:
 def gradient(run: Run) -> Tensor:
     rollouts, (objective,) = completions(run), run.stage.objectives
     for micro in split_by_tokens(rollouts, run.recipe.micro_batch_tokens):
-        targets = run.teacher.targets(micro, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head)
+        targets = teacher_targets(run, micro)
         (values,) = run.stage.model(student_batch(run, micro), targets)
         (values.sum() / objective.divisor(rollouts)).backward()
     found = torch.cat([weight.grad.flatten() for weight in run.lm.core.model.layers.parameters()])
@@ -69,7 +69,7 @@ def wrong_next_tokens(run: Run) -> dict[str, float]:
     right = {p.problem: completion(p) for p in sums(HELD_OUT_PROBLEMS, seed=2, held_out=True)}
     counts = torch.zeros(5, dtype=torch.float64)
     for micro in split_by_tokens(completions(run), run.recipe.micro_batch_tokens):
-        targets = run.teacher.targets(micro, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head)
+        targets = teacher_targets(run, micro)
         assert isinstance(targets, HiddenTargets)
         batch = student_batch(run, micro)
         states = read_states(run.lm, batch, objective.readings, head=True)

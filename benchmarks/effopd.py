@@ -42,6 +42,14 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "kl": {"type": "opd"},
     "sampled": {"type": "opd", "estimator": "sampled"},
 }
+SMALL: dict[str, Any] = {
+    "type": "effopd",
+    "score": "objective",
+    "accept": "paired",
+    "validation_prompts": 16,
+    "factors": [0.5, 1.0, 2.0, 4.0, 8.0],
+    "every": 8,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     # searches: as published, and with what is ours
@@ -58,28 +66,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "every": 16,
         }
     },
-    "small": {
-        "extrapolation": {
-            "type": "effopd",
-            "score": "objective",
-            "accept": "paired",
-            "validation_prompts": 16,
-            "factors": [0.5, 1.0, 2.0, 4.0, 8.0],
-            "triggers": "every_n",
-            "every": 8,
-        }
-    },
-    "settled": {
-        "extrapolation": {
-            "type": "effopd",
-            "score": "objective",
-            "accept": "paired",
-            "validation_prompts": 16,
-            "factors": [0.5, 1.0, 2.0, 4.0, 8.0],
-            "triggers": "settled",
-            "every": 8,
-        }
-    },
+    "small": {"extrapolation": SMALL | {"triggers": "every_n"}},
+    "settled": {"extrapolation": SMALL | {"triggers": "settled"}},
     # rollouts: a quarter of the length throughout, and growing to the whole
     "short16": {"rollout": {"max_completion_length": 16}},
     "growing": {"rollout": {"length_schedule": {"type": "linear", "start": 8, "steps": 80}}},

@@ -119,11 +119,11 @@ class RewritingTeacher(WritingTeacher):
         replies = self.writer.write([[self._question(rollouts.prompts[i], texts[i])] for i in asked])
         answers = dict(zip(asked, (row[0] for row in replies), strict=True))
         rewritten = [_text(answers.get(i)) for i in range(len(rollouts))]
-        same = self.judge.verify(rewritten, [verdict.extracted or "" for verdict in own])
+        same = self.judge.verify([rewritten[i] for i in asked], [own[i].extracted or "" for i in asked])
         ids = [(*encode(self.tokenizer, text), self.stop) for text in rewritten]
-        for i in asked:
+        for i, agrees in zip(asked, same, strict=True):
             longer = len(ids[i]) > rollouts.lengths[i]
-            reasons[i] = _reason(answers[i], rewritten[i], longer=longer, same=same[i].correct)
+            reasons[i] = _reason(answers[i], rewritten[i], longer=longer, same=agrees.correct)
         self._report(rollouts, ids, reasons, own)
         return replace(
             rollouts,

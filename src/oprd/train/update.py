@@ -15,7 +15,7 @@ from oprd.objectives.base import Objective
 from oprd.train.build import Run
 from oprd.train.log import Clock
 from oprd.train.processes import gather
-from oprd.types import MicroBatch, Rollouts
+from oprd.types import MicroBatch, Rollouts, TeacherTargets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +61,7 @@ def update_step(run: Run, rollouts: Rollouts, clock: Clock) -> Update:
         real = number < len(micros)
         micro = micros[number] if real else micros[0]
         with clock.section("teacher"):
-            targets = run.teacher.targets(
-                micro, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head
-            )
+            targets = teacher_targets(run, micro)
         last = number == passes - 1
         with clock.section("update"), contextlib.nullcontext() if last else accelerator.no_sync(run.stage.model):
             values = run.stage.model(student_batch(run, micro), targets)
@@ -88,6 +86,12 @@ def update_step(run: Run, rollouts: Rollouts, clock: Clock) -> Update:
             run.stage.optimizer.step()
         run.stage.optimizer.zero_grad()
     return Update(losses=tuple(losses), supervised=tuple(map(int, supervised.tolist())), grad_norm=norm, finite=finite)
+
+
+def teacher_targets(run: Run, rollouts: Rollouts) -> TeacherTargets:
+    """What the objectives of the stage under way need of the teacher."""
+    distill = run.stage.distill
+    return run.teacher.targets(rollouts, distill.teacher_readings, head=distill.teacher_head)
 
 
 def student_batch(run: Run, rollouts: Rollouts) -> MicroBatch:

@@ -15,7 +15,7 @@ from oprd.rollout.base import Sampling
 from oprd.seeds import derive_seed
 from oprd.train.build import Run
 from oprd.train.extrapolation import Scores, validation_prompts
-from oprd.train.update import student_batch
+from oprd.train.update import student_batch, teacher_targets
 from oprd.types import PromptBatch, Rollouts, States, TeacherTargets
 
 
@@ -75,13 +75,8 @@ def _minus_objective(run: Run, written: Rollouts) -> list[tuple[int, float | Non
     rows: list[tuple[int, float | None]] = []
     run.stage.model.eval()
     for micro in split_by_tokens(run.teacher.prepare(written), run.recipe.micro_batch_tokens):
-        targets = run.teacher.targets(micro, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head)
-        values = run.read(
-            student_batch(run, micro),
-            run.stage.distill.readings,
-            run.stage.distill.uses_head,
-            partial(_per_token, run, targets),
-        )
+        distill, then = run.stage.distill, partial(_per_token, run, teacher_targets(run, micro))
+        values = run.read(student_batch(run, micro), distill.readings, distill.uses_head, then)
         totals: list[float | None] = [0.0] * len(micro)
         for objective, value in zip(run.stage.objectives, values, strict=True):
             for i, part in enumerate(value.split(objective.supervised(micro))):
