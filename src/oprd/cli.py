@@ -1,29 +1,29 @@
-"""The command line: demo | train | fit-bridge | eval | diagnose | report | show-config."""
+"""The command line: demo | train | fit-bridge | eval | report | show-config | schema."""
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from oprd.config.reading import load_recipe, recipe_to_yaml
 from oprd.errors import Interrupted, OprdError, TrainingStopped
 from oprd.progress import console
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    help="On-policy distillation: the student writes, the teacher answers, the student learns.",
-)
-diagnose = typer.Typer(no_args_is_help=True, help="Look closer at a finished run.")
-app.add_typer(diagnose, name="diagnose")
+# commands import what they need when they run: torch takes seconds, and `oprd --help` does without it
+HELP = "On-policy distillation: the student writes, the teacher answers, the student learns."
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=HELP)
+
 RecipePath = Annotated[Path, typer.Argument(help="A recipe in YAML.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="key=value, such as objective.k=500 or learning_rate=1e-4.")
-]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as rollout.group_size=4.")]
+Model = Annotated[str, typer.Argument(help="Folder or Hub name; a run's student/, or an adapter's folder.")]
+BENCHMARKS = "Names, or paths with columns problem, answer; keys of a recipe's `evaluation`, such as samples=4."
+Benchmarks = Annotated[list[str], typer.Argument(metavar="BENCHMARK|KEY=VALUE", help=BENCHMARKS)]
+Runs = Annotated[list[Path], typer.Argument(help="Run folders.")]
+EvalFolder = Annotated[Path, typer.Option(help="Folder for scores and completions with their verdicts.")]
+DemoFolder = Annotated[Path, typer.Option(help="Folder of the two runs; an interrupted demo goes on there.")]
+Page = Annotated[Path, typer.Option(help="The page to write.")]
 
 EXIT_USER_ERROR, EXIT_STOPPED, EXIT_INTERRUPTED = 2, 3, 130
 
@@ -31,97 +31,65 @@ EXIT_USER_ERROR, EXIT_STOPPED, EXIT_INTERRUPTED = 2, 3, 130
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Distil as the recipe says. Resume with resume_from_checkpoint=latest."""
-    parsed = load_recipe(recipe, overrides or [])
+    from oprd.recipe import load_recipe
     from oprd.train.run import run_recipe
 
-    done = run_recipe(parsed)
+    done = run_recipe(load_recipe(recipe, overrides or []))
     if int(os.environ.get("RANK", "0")) == 0:
         for row in done.result.evaluations:
-            print(
-                f"{row.benchmark} avg@{row.samples} {row.avg_at_k:.3f} [{row.avg_at_k_low:.3f}, {row.avg_at_k_high:.3f}]"
-            )
+            interval = f"[{row.avg_at_k_low:.3f}, {row.avg_at_k_high:.3f}]"
+            print(f"{row.benchmark} avg@{row.samples} {row.avg_at_k:.3f} {interval}")
         print(f"student: {done.run_folder / 'student'}")
 
 
 @app.command("fit-bridge")
 def fit_bridge(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Fit the maps of objective oprd_bridge; an interrupted fit goes on where it was."""
-    parsed = load_recipe(recipe, overrides or [])
+    """Fit the maps of objective oprd_bridge and write the file that training reads."""
+    from oprd.recipe import load_recipe
     from oprd.train.fit_bridge import fit_bridge as fit
 
-    fitted = fit(parsed)
-    for (student, teacher), rank, cosine in zip(fitted.blocks, fitted.auto_ranks, fitted.cosine, strict=True):
-        print(f"block {student} to {teacher}: automatic rank {rank}, held-out cosine there {cosine:.3f}")
-    print(f"{fitted.rows} rows; bridge: {fitted.path}")
+    path, curves = fit(load_recipe(recipe, overrides or []))
+    for block, curve in curves.items():
+        rank = curve["auto_rank"]
+        cosine = curve["cosine"][min(max(rank, 1), len(curve["cosine"])) - 1]
+        print(f"block {block} to {curve['teacher_block']}: automatic rank {rank}, held-out cosine there {cosine:.3f}")
+    print(f"{min(curve['rows'] for curve in curves.values())} rows; bridge: {path}")
 
 
 @app.command("eval")
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name; a run's student/, or an adapter's folder.")],
-    benchmarks: Annotated[list[str], typer.Argument(help="Benchmark names or paths with columns problem, answer.")],
-    out: Annotated[Path, typer.Option(help="Folder for scores and completions with their verdicts.")] = Path(
-        "runs/eval"
-    ),
-    data_dir: Annotated[str | None, typer.Option(help="Folder searched first for NAME.jsonl.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Completions per problem.")] = 16,
-    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.7,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
-    max_completion_length: Annotated[int, typer.Option(min=1, help="In tokens.")] = 1024,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first problems.")] = None,
-    prompt_template: Annotated[str | None, typer.Option(help="The user message; {column} is filled.")] = None,
-    gguf_file: Annotated[str | None, typer.Option(help="A GGUF file inside the model folder.")] = None,
-    seed: int = 0,
-) -> None:
+def evaluate(model: Model, benchmarks: Benchmarks, out: EvalFolder = Path("runs/eval")) -> None:
     """Score a model: avg@k, pass@k, best@k, maj@k, length, distinct-4-grams, truncation."""
-    from oprd.evaluate.command import evaluate_model
+    from oprd.evaluate.evaluate import evaluate_model, print_table
+    from oprd.recipe import parse_evaluation
 
-    rows = evaluate_model(
-        model,
-        {
-            "benchmarks": benchmarks,
-            "data_dir": data_dir,
-            "samples": samples,
-            "sampling_temperature": temperature,
-            "top_p": top_p,
-            "max_completion_length": max_completion_length,
-            "limit": limit,
-            "prompt_template": prompt_template,
-            "seed": seed,
-        },
-        out=out,
-        gguf_file=gguf_file,
-    )
-    from oprd.evaluate.table import evaluation_table
-
-    table = Console()
-    table.print(evaluation_table(rows, width=table.width))
+    overrides = [text for text in benchmarks if re.match(r"\w+=", text)]
+    config = parse_evaluation([text for text in benchmarks if text not in overrides], overrides)
+    if not config.benchmarks:
+        raise typer.BadParameter("name a benchmark to score the model on")
+    print_table((row.benchmark, row) for row in evaluate_model(model, config, out=out))
     print(f"completions and verdicts: {out}")
-
-
-@diagnose.command("updates")
-def diagnose_updates(
-    run: Annotated[Path, typer.Argument(help="A run folder that keeps several checkpoints.")],
-    share: Annotated[
-        list[float] | None, typer.Option(help="Score the early update at this share of the final norm too; repeatable.")
-    ] = None,
-) -> None:
-    """Where the weights went and how early: norms, dominant directions, "go far early". Writes RUN/updates.json."""
-    from oprd.diagnose.updates import diagnose_updates
-
-    print(f"{diagnose_updates(run, share or ())}; look at it: oprd report {run}")
 
 
 @app.command("show-config")
 def show_config(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Print the whole recipe with every default spelled out."""
+    from oprd.recipe import load_recipe, recipe_to_yaml
+
     print(recipe_to_yaml(load_recipe(recipe, overrides or [])), end="")
 
 
 @app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
-) -> None:
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    import json
+
+    from oprd.recipe import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+@app.command()
+def report(runs: Runs, out: Page = Path("report.html")) -> None:
     """Write one self-contained HTML page about runs."""
     from oprd.report.html import write_report
 
@@ -129,12 +97,7 @@ def report(
 
 
 @app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the two runs; an interrupted demo goes on there.")] = Path(
-        "runs/demo"
-    ),
-    seed: int = 0,
-) -> None:
+def demo(out: DemoFolder = Path("runs/demo"), seed: int = 0) -> None:
     """Watch a tiny student reach its teacher: OPRD and sampled-token OPD on signed sums, in minutes on two cores."""
     from oprd.demo.run import run_demo
 
@@ -142,9 +105,13 @@ def demo(
 
 
 def main() -> None:
-    """Run the command line; errors of the user's making are told without a traceback."""
+    """Run the command line; errors a user can mend are shown without a traceback."""
     # the Rust tokenizers' threads do not survive the forks of worker processes and warn about it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    go_on = {
+        "train": "Go on with the same command and resume_from_checkpoint=latest",
+        "demo": "The same command goes on from there",
+    }.get(" ".join(sys.argv[1:2]), "Nothing that was written is lost")
     try:
         app()
     except TrainingStopped as error:
@@ -155,17 +122,10 @@ def main() -> None:
         console.print(str(error), markup=False, highlight=False)
         sys.exit(EXIT_USER_ERROR)
     except Interrupted as error:
-        console.print(f"{error}. {_go_on()}.", highlight=False)
+        console.print(f"{error}. {go_on}.", highlight=False)
         sys.exit(EXIT_INTERRUPTED)
     except SystemExit as exit:
         # typer turns a Ctrl-C outside of the loop into this exit, in silence
         if exit.code == EXIT_INTERRUPTED:
-            console.print(f"Stopped at once; what was saved before is intact. {_go_on()}.", highlight=False)
+            console.print(f"Stopped at once; what was saved before is intact. {go_on}.", highlight=False)
         raise
-
-
-def _go_on() -> str:
-    """What to type after an interrupt."""
-    if sys.argv[1:2] == ["train"]:
-        return "Go on with the same command and resume_from_checkpoint=latest"
-    return "The same command goes on from there" if sys.argv[1:2] == ["demo"] else "Nothing that was written is lost"

@@ -34,4 +34,4 @@ class TrainingStopped(OprdError):
 
 
 class Interrupted(Exception):
-    """The user asked to stop; a checkpoint of the last whole step is on disk. No error of anybody's."""
+    """The user asked to stop; a checkpoint of the last whole step is on disk."""

@@ -7,9 +7,8 @@ import pytest
 from transformers import GenerationConfig
 
 from conftest import load_miniature
-from oprd.config.recipe import DataConfig
 from oprd.data.chat import end_of_turn, fill, render, stop_ids, with_prompt
-from oprd.data.prompts import PromptSampler, load_prompts
+from oprd.data.prompts import DataConfig, PromptSampler, load_prompts
 from oprd.errors import DataError
 from oprd.types import Message
 
@@ -95,7 +94,7 @@ def test_an_epoch_uses_every_prompt_once_and_ranks_share_the_step(tmp_path, toke
 
     def rows(step: int, rank: int = 0, world: int = 1, seed: int = 0) -> list[int]:
         sampler = PromptSampler(prompts, per_step=4, seed=seed, rank=rank, world_size=world)
-        return [prompt.row for prompt in sampler.batch(step).prompts]
+        return [prompt.row for prompt in sampler.batch(step)]
 
     first = rows(0) + rows(1) + rows(2)
     second = rows(3) + rows(4) + rows(5)

@@ -1,4 +1,4 @@
-"""OPRD-Bridge end to end: fit, refuse, train, resume, two stages."""
+"""OPRD-Bridge end to end: fit, refuse, train, resume."""
 
 import json
 from dataclasses import replace
@@ -11,27 +11,29 @@ from torch.testing import assert_close
 from typer.testing import CliRunner
 
 from conftest import MODELS, load_miniature, miniature_recipe
-from oprd import models
 from oprd.bridge.file import load_bridge
+from oprd.bridge.solve import BlockMap
 from oprd.cli import app
-from oprd.config.objectives import BridgeConfig
-from oprd.config.reading import parse_recipe
+from oprd.clock import Clock
+from oprd.data.batching import split_by_tokens, student_batch
 from oprd.data.chat import render
-from oprd.data.collate import collate_student, split_by_tokens
 from oprd.demo.task import sums, write_jsonl
-from oprd.errors import ConfigError, DataError, TeacherMismatch
-from oprd.kernels.chunked import REACH
-from oprd.models import read_states
-from oprd.objectives.bridge import SURE, Bridge
-from oprd.train import fit_bridge as fitting
-from oprd.train.build import build
-from oprd.train.check import Given
+from oprd.errors import ConfigError, DataError, TeacherMismatch, TrainingStopped
+from oprd.models import loading
+from oprd.models.loading import ModelFacts
+from oprd.objectives import oprd_bridge
+from oprd.objectives.oprd_bridge import REACH, SURE, edit
+from oprd.objectives.oprd_bridge_published import OPRDBridgePublished
+from oprd.recipe import parse_recipe
 from oprd.train.fit_bridge import fit_bridge, prepare_fit
 from oprd.train.run import run_recipe
-from oprd.types import HiddenTargets, Message, Prompt, Rollouts, States
+from oprd.train.setup import Given, setup
+from oprd.types import HiddenSpec, HiddenStates, Message, Prompt, Rollouts, Taps, Targets
 
 WIDE = {"type": "local", "model": str(MODELS / "wide_teacher"), "dtype": "float32"}
-OPD = {"type": "opd", "estimator": "sampled"}
+SAMPLED = {"type": "opd_sampled"}
+NO_TRUST = 1e-30
+"""A threshold below every probability."""
 
 
 def bridge_recipe(folder: Path, prompts: Path, bridge: Path, objective: dict | None = None, **changes) -> dict:
@@ -55,47 +57,53 @@ def bridge(tmp_path_factory, prompts) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def published(tmp_path_factory, prompts) -> Path:
+    path = tmp_path_factory.mktemp("fit") / "published.safetensors"
+    fit_bridge(parse_recipe(bridge_recipe(path.parent / "run", prompts, path, {"type": "oprd_bridge_published"})))
+    return path
+
+
+def ready(bridge, prompts, folder, objective=None):
+    """The parts of a run, and its bound objective."""
+    parts = setup(parse_recipe(bridge_recipe(folder, prompts, bridge, objective)))
+    return parts, parts.method.student.objectives[0]
+
+
+def rollouts_of(texts, problem="1+2"):
+    """Completions of one prompt in the student's tokens."""
+    tokenizer, wide = (load_miniature(name).tokenizer for name in ("base", "wide_teacher"))
+    messages = (Message(role="user", content=problem),)
+    prompt = Prompt(
+        row=0, messages=messages, token_ids=render(tokenizer, messages), teacher_token_ids=render(wide, messages)
+    )
+    ids = tuple(tuple(tokenizer(text)["input_ids"]) for text in texts)
+    return Rollouts(prompts=(prompt,) * len(texts), completion_ids=ids, finished=(True,) * len(texts))
+
+
+def compared(parts, rollouts):
+    """(student's states, targets) on annotated rollouts."""
+    lm, batch = parts.method.student.lm, parts.method.batch(rollouts)
+    return lm.tap(batch, parts.method.student.taps), parts.method.targets(rollouts)
+
+
+def spec(block, tokens):
+    return HiddenSpec(block=block, at="token", tokens=tokens)
+
+
 def test_the_file_holds_every_rank_and_its_held_out_numbers(bridge):
     file = load_bridge(bridge)
     assert file.setting.blocks == ((1, 1), (2, 3), (3, 4), (4, 6))
-    assert (file.student.width, file.teacher.width, file.rank) == (128, 192, 128)
+    assert (file.student.width, file.teacher.width) == (128, 192)
     for block, _ in file.setting.blocks:
-        solution, measured = file.solutions[block], file.measured[block]
-        assert solution.student_projection.shape == (128, 128)
-        assert solution.teacher_projection.shape == (128, 192)
-        eye = solution.teacher_projection @ solution.teacher_projection.T
+        solution = file.solutions[block]
+        assert solution.projections.student.shape == solution.directions.student.shape == (128, 128)
+        assert solution.projections.teacher.shape == (128, 192)
+        eye = solution.projections.teacher @ solution.projections.teacher.T
         assert_close(eye, torch.eye(128), atol=1e-5, rtol=0)
-        assert len(measured.cosine) == 128
-        assert measured.cosine[7] > 0.5
-        assert measured.held_out_rows < 0.2 * measured.rows
-
-
-@pytest.mark.parametrize("method", ["closed_form", "gradient"])
-def test_an_interrupted_fit_goes_on_and_gives_the_same_file(method, prompts, tmp_path, monkeypatch):
-    monkeypatch.setattr(fitting, "SAVE_EVERY", 1)
-    path = tmp_path / "b.safetensors"
-    recipe = bridge_recipe(tmp_path / "run", prompts, path, {"fit": {"method": method}})
-    recipe["rollout"] |= {"max_sequences": 32}  # three batches
-    whole = tmp_path / "whole.safetensors"
-    fit_bridge(parse_recipe(recipe | {"objective": recipe["objective"] | {"bridge": str(whole)}}))
-    real, calls = fitting.Sums.save, []
-
-    def save_and_stop(self, path, key):
-        real(self, path, key)
-        calls.append(path)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(fitting.Sums, "save", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        fit_bridge(parse_recipe(recipe))
-    assert not path.exists()
-    with pytest.raises(DataError, match=r"b.safetensors.partial is an interrupted fit of other"):
-        fit_bridge(parse_recipe(recipe | {"seed": 1}))
-    monkeypatch.setattr(fitting.Sums, "save", real)
-    fit_bridge(parse_recipe(recipe))
-    assert path.read_bytes() == whole.read_bytes()
-    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+        assert len(solution.cosine) == 128
+        assert solution.cosine[7] > 0.5
+        assert solution.held_out_rows < 0.2 * solution.rows
 
 
 def test_from_the_command_line_fit_train_and_the_figures_of_the_report(prompts, tmp_path):
@@ -115,8 +123,8 @@ def test_from_the_command_line_fit_train_and_the_figures_of_the_report(prompts, 
     oprd("report", str(tmp_path / "run"), "--out", str(tmp_path / "report.html"))
     page = (tmp_path / "report.html").read_text()
     file = load_bridge(tmp_path / "b.safetensors")
-    assert "Bridge: held-out cosine of the projections" in page
-    assert "Bridge: held-out canonical correlations" in page
+    assert "Held-out cosine of the projections" in page
+    assert "Held-out canonical correlations" in page
     assert "block 4 to 6, rank 8" in page
     assert str(round(float(file.solutions[4].canonical[0]), 5)) in page
 
@@ -128,15 +136,19 @@ def test_a_fit_never_writes_over_a_file(bridge, prompts, tmp_path):
     assert bridge.read_bytes() == before
 
 
+def test_a_fit_of_the_same_recipe_gives_the_same_file(bridge, prompts, tmp_path):
+    again = tmp_path / "again.safetensors"
+    fit_bridge(parse_recipe(bridge_recipe(tmp_path / "run", prompts, again)))
+    assert again.read_bytes() == bridge.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("objective", "error", "reason"),
     [
         ({"rank": 129}, ConfigError, "rank is 129; the student's states have 128 dimensions, the teacher's 192, so it is 128"),
-        ({"rank": [8, 8]}, ConfigError, "lists 2 ranks; 4 blocks are matched"),
         ({"layers": [5]}, ConfigError, "block 5; the student has blocks 1 to 4"),
-        ({"normalization": "none"}, TeacherMismatch, "fitted with normalization 'l2', the recipe has 'none'"),
-        ({"tokens": "last_k", "k": 5}, TeacherMismatch, "fitted with tokens 'all', the recipe has 'last_k'"),
-        ({"fit": {"method": "gradient"}}, TeacherMismatch, "fitted with method 'closed_form', the recipe has 'gradient'"),
+        ({"tokens": {"last": 5}}, TeacherMismatch, "fitted with tokens all, the recipe's objective has {'last': 5}"),
+        ({"type": "oprd_bridge_published"}, TeacherMismatch, "fitted with features 512, the recipe's objective has 0"),
         ({"bridge": "none.safetensors"}, DataError, "none.safetensors is not there; `oprd fit-bridge RECIPE` writes it"),
         ({"bridge": str(MODELS / "base/model.safetensors")}, DataError, "was not written by `oprd fit-bridge`"),
     ],
@@ -147,23 +159,22 @@ def test_a_file_that_does_not_fit_the_recipe_is_refused_before_loading(
     def load(*args, **kwargs):
         raise AssertionError("weights were loaded before the input was checked")
 
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", load)
     with pytest.raises(error, match=reason.replace("(", r"\(")):
-        build(parse_recipe(bridge_recipe(tmp_path / "run", prompts, bridge, objective)))
+        ready(bridge, prompts, tmp_path / "run", objective)
     assert not (tmp_path / "run").exists()
 
 
-def test_another_alignment_another_model_and_another_block_map_are_refused(bridge, prompts, tmp_path):
+def test_another_model_and_another_block_map_are_refused(bridge, prompts, tmp_path):
     tree = bridge_recipe(tmp_path / "run", prompts, bridge)
-    with pytest.raises(TeacherMismatch, match="fitted with alignment 'bytes', the recipe has 'shared_ids'"):
-        build(parse_recipe(tree | {"teacher": WIDE | {"alignment": "shared_ids"}}))
     with pytest.raises(TeacherMismatch, match="fitted for a teacher of 6 blocks of width 192"):
-        build(parse_recipe(tree | {"teacher": WIDE | {"model": str(MODELS / "teacher")}}))
+        setup(parse_recipe(tree | {"teacher": WIDE | {"model": str(MODELS / "teacher")}}))
     file = load_bridge(bridge)
+    blocks = ((1, 1), (2, 2), (3, 4), (4, 6))
     moved = tmp_path / "moved.safetensors"
-    replace(file, setting=replace(file.setting, blocks=((1, 1), (2, 2), (3, 4), (4, 6)))).save(moved)
+    replace(file, setting=file.setting.model_copy(update={"blocks": blocks})).save(moved)
     with pytest.raises(TeacherMismatch, match=r"fitted for the blocks \(student, teacher\) \(1, 1\), \(2, 2\)"):
-        build(parse_recipe(bridge_recipe(tmp_path / "run", prompts, moved)))
+        ready(moved, prompts, tmp_path / "run")
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
@@ -177,418 +188,354 @@ def test_a_file_for_other_weights_or_another_tokenizer_is_refused(which, bridge,
     tree = bridge_recipe(tmp_path / "run", prompts, bridge)
     tree[which] = tree[which] | {"model": str(folder)}
     with pytest.raises(TeacherMismatch, match=f"fitted for other weights of the {which}"):
-        build(parse_recipe(tree))
+        setup(parse_recipe(tree))
     lm.tokenizer.chat_template += " "
     lm.tokenizer.save_pretrained(folder)
     with pytest.raises(TeacherMismatch, match=f"another tokenizer or chat template of the {which}"):
-        build(parse_recipe(tree))
+        setup(parse_recipe(tree))
 
 
 def test_fit_prompts_that_are_empty_or_too_few_are_refused(prompts, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "two.jsonl").write_text('{"problem": "1+2+3"}\n{"problem": "4+2+3"}\n')
+    (tmp_path / "ten.jsonl").write_text('{"problem": "1+2+3"}\n' * 10)
     for name, reason in (
         ("empty", "the dataset is empty"),
         ("two", "has 2 prompts, of which held_out=0.1 leaves none"),
+        ("ten", r"block 1 of the student and 1 of the teacher: \d+ rows to fit and"),
     ):
-        tree = bridge_recipe(tmp_path, prompts, tmp_path / "b", {"fit": {"prompts": str(tmp_path / f"{name}.jsonl")}})
+        tree = bridge_recipe(tmp_path, tmp_path / f"{name}.jsonl", tmp_path / "b")
+        tree["rollout"] |= {"max_completion_length": 6}
         with pytest.raises(DataError, match=reason):
             fit_bridge(parse_recipe(tree))
-    tree["objective"]["fit"] |= {"held_out": 0.5}
-    with pytest.raises(DataError, match=r"block 1 of the student and 1 of the teacher: \d+ rows to fit and"):
-        fit_bridge(parse_recipe(tree))
     assert not (tmp_path / "b").exists()
 
 
-def test_the_loss_between_projections_by_hand(bridge):
+def test_the_loss_between_projections_by_hand(published):
     """Two tokens whose projections are chosen: parallel gives 0, opposite (1/r) |2|^2."""
-    config = BridgeConfig(bridge=str(bridge), tokens="all", rank=2, layers="last", space="projections")
-    objective = Bridge(config, blocks=4, vocabulary=262)
-    with torch.no_grad():
-        for name, buffer in objective.named_buffers():
-            buffer.zero_()
-            if "mean" not in name:
-                buffer[0, 0] = buffer[1, 1] = 1.0
-    student = torch.zeros(2, 128, requires_grad=True)
-    with torch.no_grad():
-        student[:, 0] = 3.0
+    config = OPRDBridgePublished(bridge=str(published), tokens="all", rank=2, layers="last")
+    objective = config.bind(ModelFacts.read(str(MODELS / "base")))
+    objective._maps[4] = BlockMap(
+        student=torch.eye(128)[:2], student_mean=torch.zeros(128), teacher=torch.eye(192)[:2], teacher_mean=torch.zeros(192)
+    )  # fmt: skip
+    student = torch.zeros(2, 128)
+    student[:, 0] = 3.0
+    student.requires_grad_()
     teacher = torch.zeros(2, 192)
     teacher[0, 0], teacher[1, 0] = 5.0, -1.0
-    batch = collate_student(rollouts_of(load_miniature("base"), ["1"]), pad_id=0, device=torch.device("cpu"))
+    rollouts = rollouts_of(["12"])
+    batch = student_batch(rollouts, pad_id=0, device=torch.device("cpu"))
+    theirs = HiddenStates(hidden={spec(6, config.tokens): teacher}, head=None, batch=batch)
     values = objective.per_token(
-        States(hidden={objective.readings[0]: student}, head=None, batch=batch),
-        HiddenTargets(hidden={objective.teacher_readings[0]: teacher}, head=None),
+        HiddenStates(hidden={spec(4, config.tokens): student}, head=None, batch=batch), Targets(teacher=theirs)
     )
     assert_close(values, torch.tensor([0.0, 2.0]))
     values.sum().backward()
     assert student.grad is not None
 
 
-def test_the_target_in_the_students_space_is_its_own_state_moved_to_the_teachers_coordinates(bridge, prompts, tmp_path):
-    objective = {"layers": "last", "rank": 5, "trust": 0.0, "sharpen": False}
-    run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, objective)))
-    found = run.stage.objectives[0]
-    rollouts = run.teacher.prepare(as_rendered(run.lm, rollouts_of(run.lm, ["12+34=46", "9"])))
-    assert (found.supervised(rollouts), rollouts.supervised(found.tokens)) == ((8, 1), (7, 1))
-    assert found.weights(rollouts) == (1.0, 1.0)
-    assert found.divisor(rollouts) == 9
-    targets = run.teacher.targets(rollouts, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head)
-    batch = collate_student(rollouts, pad_id=0, device=run.lm.device)
-    theirs, before = (targets.hidden[reading] for reading in found.teacher_readings)
-    paired, _ = found.moved(batch, targets)
-    assert paired.tolist() == [True, True, True, False, True, True, True, True, True]
-    edited = found.edit(4, before, theirs, paired)
+def test_published_tokens_without_an_aligned_one_have_no_weight_and_no_gradient(published, prompts, tmp_path):
+    parts, found = ready(published, prompts, tmp_path, {"type": "oprd_bridge_published"})
+    assert found.metric == "oprd_bridge_published"
+    rollouts = parts.method.annotate(rollouts_of(["12+34=46", "9"]))
+    assert found.weights(rollouts).tolist() == [1, 1, 1, 0, 1, 1, 1, 1, 1]  # 34 is one piece of the teacher
+    assert found.total_weight(rollouts) == 8
+    states, targets = compared(parts, rollouts)
+    values = found.per_token(states, targets)
+    assert values.isfinite().all()
+    last = states.hidden[spec(4, found.tokens)]
+    (gradient,) = torch.autograd.grad((values * found.weights(rollouts)).sum(), last)
+    assert (gradient.norm(dim=-1) > 0).tolist() == [True, True, True, False, True, True, True, True, True]
+
+
+def test_the_target_is_the_students_own_state_moved_to_the_teachers_coordinates(bridge, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(oprd_bridge, "TRUST", NO_TRUST)
+    monkeypatch.setattr(oprd_bridge, "SURE", 0.0)
+    parts, found = ready(bridge, prompts, tmp_path, {"layers": "last", "rank": 5})
+    rollouts = parts.method.annotate(rollouts_of(["12+34=46", "9"]))
+    assert found.weights(rollouts).tolist() == [1.0] * 9
+    assert found.total_weight(rollouts) == 9
+    states, targets = compared(parts, rollouts)
+    theirs, before = targets.teacher.hidden[spec(6, found.tokens)], targets.reference.hidden[spec(4, found.tokens)]
+    aligned, trusted = found.edited_tokens(states.batch, targets.reference)
+    assert aligned.tolist() == [True, True, True, False, True, True, True, True, True]
+    assert trusted.all()
+    (edited,), maps = found.target_states(states.batch, targets), found._map(4, before.device)
+    assert torch.equal(edited, edit(before, aligned, theirs, maps))
     assert_close(edited[3], before[3])
-    own, wanted = found.project("student", 4, before)[paired], found.project("teacher", 4, theirs)
+    own, wanted = maps.of_student(before)[aligned], maps.of_teacher(theirs)
     correlation = load_bridge(bridge).solutions[4].canonical[:5].sqrt()
-    assert_close(found.project("student", 4, edited)[paired] - own, correlation * (wanted - own), atol=0.05, rtol=0.05)
+    assert_close(maps.of_student(edited)[aligned] - own, correlation * (wanted - own), atol=0.05, rtol=0.05)
     # what of the state is no canonical coordinate is left as it was
-    assert float((edited - before)[paired].norm()) < float(before[paired].norm())
-    states = read_states(run.lm, batch, found.readings, head=False)
+    assert float((edited - before)[aligned].norm()) < float(before[aligned].norm())
     values = found.per_token(states, targets)
     assert float(values[3].detach()) == pytest.approx(0.0, abs=1e-8)  # nothing learned yet, nothing to keep
-    assert float(values[paired].detach().min()) > 1e-6
+    assert float(values[aligned].detach().min()) > 1e-6
     # ||a/|a| - b/|b|||^2 = 2 - 2 cos
-    cosine = torch.nn.functional.cosine_similarity(states.hidden[found.readings[0]], edited, dim=-1)
+    cosine = torch.nn.functional.cosine_similarity(states.hidden[spec(4, found.tokens)], edited, dim=-1)
     assert_close(values, (2 - 2 * cosine) / 128, atol=1e-6, rtol=1e-4)
     values.sum().backward()
     assert theirs.grad_fn is None
     assert before.grad_fn is None
-    assert run.lm.model.model.layers[3].mlp.up_proj.weight.grad is not None
+    assert parts.method.student.lm.model.model.layers[3].mlp.up_proj.weight.grad is not None
 
 
-def test_the_target_is_made_as_sure_as_the_teacher_is(bridge, prompts, tmp_path):
-    run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, {"rank": "full", "trust": 0.0})))
-    found = run.stage.objectives[0]
-    rollouts = run.teacher.prepare(as_rendered(run.lm, rollouts_of(run.lm, ["12+34=46\n46-5=42\n\\boxed{43}", "9"])))
-    weight = run.lm.core.lm_head.weight.detach().clone()
+def test_the_target_is_made_as_sure_as_the_teacher_is(bridge, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(oprd_bridge, "TRUST", NO_TRUST)
+    parts, found = ready(bridge, prompts, tmp_path, {"rank": "full"})
+    lm, tokens = parts.method.student.lm, found.tokens
+    rollouts = parts.method.annotate(rollouts_of(["12+34=46\n46-5=42\n\\boxed{43}", "9"]))
+    weight = lm.core.lm_head.weight.detach().clone()
     with torch.no_grad():
-        run.lm.core.lm_head.weight.mul_(2.0)  # the head at start is what counts, not the one that has moved
-    assert run.stage.distill.teacher_head
-    assert not run.stage.distill.uses_head
-    targets = run.teacher.targets(rollouts, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head)
-    batch = collate_student(rollouts, pad_id=0, device=run.lm.device)
-    paired, _ = found.moved(batch, targets)
-    theirs, ours = found._of_teacher[3], found.readings[3]
-    assert_close(targets.start_head.weight, weight)
-    lm = load_miniature("wide_teacher")
-    sure = (targets.hidden[theirs] @ lm.core.lm_head.weight.detach().T).softmax(-1).amax(-1)
-    plain = found.edit(4, targets.hidden[ours], targets.hidden[theirs], paired)
-    *_, below, sharp = found.wanted(batch, targets)
-    assert_close(sharp[~paired], plain[~paired])
-    before, after = ((h[paired] @ weight.T).softmax(-1).max(-1) for h in (plain, sharp))
+        lm.core.lm_head.weight.mul_(2.0)  # the head at start is what counts, not the one that has moved
+    assert found.teacher_taps.head
+    assert found.reference_taps.head
+    assert not found.student_taps.head
+    states, targets = compared(parts, rollouts)
+    aligned, _ = found.edited_tokens(states.batch, targets.reference)
+    theirs, ours = targets.teacher.hidden[spec(6, tokens)], targets.reference.hidden[spec(4, tokens)]
+    assert_close(targets.reference.head.weight, weight)
+    head = load_miniature("wide_teacher").core.lm_head.weight.detach()
+    sure = (theirs @ head.T).softmax(-1).amax(-1)
+    plain = edit(ours, aligned, theirs, found._map(4, ours.device))
+    *_, below, sharp = found.target_states(states.batch, targets)
+    assert_close(sharp[~aligned], plain[~aligned])
+    before, after = ((h[aligned] @ weight.T).softmax(-1).max(-1) for h in (plain, sharp))
     assert torch.equal(before.indices, after.indices)
     least = sure.clamp(max=SURE)
     unsure = before.values < least
     assert 0 < int(unsure.sum()) < len(unsure)
     assert float((after.values - before.values)[unsure].min()) > 0.01
-    far = (sharp - plain)[paired].norm(dim=-1) >= 0.999 * REACH * plain[paired].norm(dim=-1)
+    far = (sharp - plain)[aligned].norm(dim=-1) >= 0.999 * REACH * plain[aligned].norm(dim=-1)
     assert float((least - after.values)[unsure & ~far].max()) < 0.001
     assert int((unsure & ~far).sum()) > 0
-    assert torch.equal(sharp[paired][~unsure], plain[paired][~unsure])
+    assert torch.equal(sharp[aligned][~unsure], plain[aligned][~unsure])
     # lower blocks have no head to be sure by
-    assert_close(below, found.edit(3, *(targets.hidden[r] for r in (found.readings[2], found._of_teacher[2])), paired))
+    lower = targets.reference.hidden[spec(3, tokens)], aligned, targets.teacher.hidden[spec(4, tokens)]
+    assert_close(below, edit(*lower, found._map(3, ours.device)))
 
 
-def test_through_the_head_the_loss_is_the_reverse_kl_to_what_the_head_said_before_training(bridge, prompts, tmp_path):
-    objective = {"layers": "last", "loss": "reverse_kl", "coefficient": 1.0}
-    run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, objective)))
-    assert run.stage.distill.uses_head
-    (found,) = run.stage.objectives
-    before = run.lm.core.lm_head.weight.detach().clone()
-    rollouts = run.teacher.prepare(as_rendered(run.lm, rollouts_of(run.lm, ["12+34=46\n46-5=42", "9"])))
-    batch = collate_student(rollouts, pad_id=0, device=run.lm.device)
+def test_through_the_head_the_loss_is_the_reverse_kl_to_what_the_initial_head_says(bridge, prompts, tmp_path):
+    objective = {"layers": "last", "loss": "reverse_kl", "weight": 1.0}
+    parts, found = ready(bridge, prompts, tmp_path, objective)
+    lm = parts.method.student.lm
+    assert found.student_taps.head
+    assert found.metric == "bridge_reverse_kl"
+    before = lm.core.lm_head.weight.detach().clone()
+    rollouts = parts.method.annotate(rollouts_of(["12+34=46\n46-5=42", "9"]))
     with torch.no_grad():
-        run.lm.core.lm_head.weight.add_(torch.randn_like(before), alpha=0.01)
-    targets = run.teacher.targets(rollouts, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head)
-    states = read_states(run.lm, batch, found.readings, head=True)
+        lm.core.lm_head.weight.add_(torch.randn_like(before), alpha=0.01)
+    states, targets = compared(parts, rollouts)
     values = found.per_token(states, targets)
-    (wanted,) = found.wanted(batch, targets)
-    log_p = (states.hidden[found.readings[0]] @ run.lm.core.lm_head.weight.T).log_softmax(-1)
+    (wanted,) = found.target_states(states.batch, targets)
+    log_p = (states.hidden[spec(4, found.tokens)] @ lm.core.lm_head.weight.T).log_softmax(-1)
     log_q = (wanted @ before.T).log_softmax(-1)
     expected = (log_p.exp() * (log_p - log_q)).sum(-1)
     assert_close(values, expected, atol=1e-5, rtol=1e-4)
-    weights = [run.lm.core.lm_head.weight, run.lm.model.model.layers[3].mlp.up_proj.weight]
+    weights = [lm.core.lm_head.weight, lm.model.model.layers[3].mlp.up_proj.weight]
     ours, by_autograd = (torch.autograd.grad(x.sum(), weights, retain_graph=True) for x in (values, expected))
     for gradient, reference in zip(ours, by_autograd, strict=True):
         assert_close(gradient, reference, atol=1e-4, rtol=1e-3)
-    # nothing learned yet, nothing to keep: unpaired tokens start at zero
+    # nothing learned yet, nothing to keep: unaligned tokens start at zero
     with torch.no_grad():
-        run.lm.core.lm_head.weight.copy_(before)
-    targets = run.teacher.targets(rollouts, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head)
-    states = read_states(run.lm, batch, found.readings, head=True)
-    moved, _ = found.moved(batch, targets)
+        lm.core.lm_head.weight.copy_(before)
+    states, targets = compared(parts, rollouts)
+    edited, _ = found.edited_tokens(states.batch, targets.reference)
     values = found.per_token(states, targets)
-    assert_close(values[~moved], torch.zeros_like(values[~moved]), atol=1e-6, rtol=0)
-    assert float(values[moved].detach().max()) > 0.01
+    assert_close(values[~edited], torch.zeros_like(values[~edited]), atol=1e-6, rtol=0)
+    assert float(values[edited].detach().max()) > 0.01
 
 
-def test_through_the_head_a_run_learns_and_stale_rollouts_need_no_weights(bridge, prompts, tmp_path):
-    objective = {"layers": "last", "loss": "reverse_kl", "coefficient": 1.0}
+def test_through_the_head_a_run_learns_and_off_policy_rollouts_need_no_weights(bridge, prompts, tmp_path):
+    objective = {"layers": "last", "loss": "reverse_kl", "weight": 1.0}
     tree = bridge_recipe(tmp_path, prompts, bridge, objective, max_steps=2, lr_scheduler_type="constant")
     done = run_recipe(parse_recipe(tree | {"rollout": tree["rollout"] | {"updates_per_rollout": 3}}))
     rows = [json.loads(line) for line in (done.run_folder / "metrics.jsonl").read_text().splitlines()]
-    assert all(row["train/reverse_kl/mean"] > 0 for row in rows)
+    assert all(row["train/bridge_reverse_kl/mean"] > 0 for row in rows)
     assert rows[0]["bridge/trusted/share"] > 0.9
 
 
-def test_a_pair_that_only_an_unlikely_token_made_is_dropped(bridge, prompts, tmp_path):
+def test_an_alignment_that_only_an_unlikely_token_made_is_dropped(bridge, prompts, tmp_path, monkeypatch):
     """12+3=: after 12+ the problem goes on with 34. The teacher's piece 3 ends because the student wrote = too early."""
-    run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, {"layers": [2]})))
-    problem = Prompt(row=0, messages=(Message(role="user", content="12+34-5"),), token_ids=())
-    good, early = (run.lm.tokenizer(text)["input_ids"] for text in ("12+34=46", "12+3=15"))
-    rollouts = Rollouts(prompts=(problem,) * 2, completion_ids=(tuple(good), tuple(early)), finished=(True, True))
-    rollouts = run.teacher.prepare(as_rendered(run.lm, rollouts))
-    assert rollouts.answers[0].student == (0, 1, 2, 4, 5, 6, 7)  # 34 is one piece of the teacher
-    assert rollouts.answers[1].student == tuple(range(7))
-    batch = collate_student(rollouts, pad_id=0, device=run.lm.device)
-    targets = run.teacher.targets(rollouts, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head)
-    found = run.stage.objectives[0]
-    moved, trusted = found.moved(batch, targets)
-    assert moved[:8].tolist() == [True, True, True, False, True, True, True, True]
-    early = moved[8:]
+    parts, found = ready(bridge, prompts, tmp_path, {"layers": [2]})
+    rollouts = parts.method.annotate(rollouts_of(["12+34=46", "12+3=15"], problem="12+34-5"))
+    assert rollouts.alignments[0].student_index == (0, 1, 2, 4, 5, 6, 7)  # 34 is one piece of the teacher
+    assert rollouts.alignments[1].student_index == tuple(range(7))
+    states, targets = compared(parts, rollouts)
+    assert not found.teacher_taps.head
+    edited, trusted = found.edited_tokens(states.batch, targets.reference)
+    assert edited[:8].tolist() == [True, True, True, False, True, True, True, True]
+    early = edited[8:]
     assert not early[3]
     assert early[[0, 1, 2, 4]].all()
-    assert (len(trusted), int(trusted.sum())) == (14, int(moved.sum()))
-    (share,) = found.tallies()
-    assert (share.name, share.total, share.of) == ("bridge/trusted/share", float(moved.sum()), 14.0)
-    (wanted,) = found.wanted(batch, targets)
-    before = targets.hidden[found.readings[0]]
-    assert_close(wanted[~moved], before[~moved])
-    assert float((wanted - before)[moved].norm(dim=-1).min()) > 0
+    assert (len(trusted), int(trusted.sum())) == (14, int(edited.sum()))
+    (share,) = found.take_metrics()
+    assert (share.name, share.sum, share.count) == ("bridge/trusted/share", float(edited.sum()), 14.0)
+    (wanted,) = found.target_states(states.batch, targets)
+    found.target_states(states.batch, targets)
+    (share,) = found.take_metrics()  # one number, however many micro-batches
+    assert (share.sum, share.count) == (2 * float(edited.sum()), 28.0)
+    before = targets.reference.hidden[spec(2, found.tokens)]
+    assert_close(wanted[~edited], before[~edited])
+    assert float((wanted - before)[edited].norm(dim=-1).min()) > 0
     # the last token of a completion has none behind it, and one that is all there is of it is trusted
-    following, exists = batch.following(found.tokens)
+    following, exists = states.batch.next_ids(found.tokens)
     assert exists.tolist() == [True] * 7 + [False] + [True] * 6 + [False]
-    assert following[:7].tolist() == good[1:]
-    everything = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, {"layers": [2], "trust": 0.0})))
-    targets = everything.teacher.targets(
-        rollouts, everything.stage.distill.teacher_readings, head=everything.stage.distill.teacher_head
-    )
-    assert int(everything.stage.objectives[0].moved(batch, targets)[0].sum()) == 14
+    assert following[:7].tolist() == list(rollouts.completion_ids[0][1:])
+    monkeypatch.setattr(oprd_bridge, "TRUST", NO_TRUST)
+    assert int(found.edited_tokens(states.batch, targets.reference)[0].sum()) == 14
 
 
-def as_rendered(lm, rollouts):
-    """Behind the prompt's own tokens."""
-    prompts = (replace(prompt, token_ids=render(lm.tokenizer, prompt.messages)) for prompt in rollouts.prompts)
-    return replace(rollouts, prompts=tuple(prompts))
-
-
-@pytest.mark.parametrize("space", ["student", "projections"])
-def test_a_truncated_completion_counts_as_the_first_part_of_the_whole(space, bridge, prompts, tmp_path):
-    run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, {"space": space, "trust": 0.0})))
-    whole = as_rendered(run.lm, rollouts_of(run.lm, ["12+34=46\n46-5=41"]))
+@pytest.mark.parametrize("form", ["oprd_bridge", "oprd_bridge_published"])
+def test_a_truncated_completion_counts_as_the_first_part_of_the_whole(
+    form, bridge, published, prompts, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(oprd_bridge, "TRUST", NO_TRUST)
+    file = bridge if form == "oprd_bridge" else published
+    parts, found = ready(file, prompts, tmp_path, {"type": form})
+    whole = rollouts_of(["12+34=46\n46-5=41"])
     cut = replace(whole, completion_ids=(whole.completion_ids[0][:8],), finished=(False,))
     values = []
-    for rollouts in map(run.teacher.prepare, (whole, cut)):
-        targets = run.teacher.targets(rollouts, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head)
-        batch = collate_student(rollouts, pad_id=0, device=run.lm.device)
-        values.append(run.stage.model(batch, targets)[0].detach())
+    for rollouts in map(parts.method.annotate, (whole, cut)):
+        states, targets = compared(parts, rollouts)
+        values.append(found.per_token(states, targets).detach()[found.weights(rollouts) > 0])
     # 34 is one piece of the teacher; and what it reads as its last piece might have gone on behind the cut
-    assert [len(v) for v in values] == ([16, 8] if space == "student" else [15, 6])
-    same = 7 if space == "student" else 6
+    assert [len(v) for v in values] == ([16, 8] if form == "oprd_bridge" else [15, 6])
+    same = 7 if form == "oprd_bridge" else 6
     assert_close(values[1][:same], values[0][:same], atol=1e-4, rtol=1e-4)
-    if space == "student":
+    if form == "oprd_bridge":
         assert float(values[1][7]) == pytest.approx(0.0, abs=1e-8)  # it keeps the state it had
 
 
-def test_the_student_at_start_stays_when_the_student_moves(bridge, prompts, tmp_path):
-    run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, {"trust": 0.0})))
-    rollouts = run.teacher.prepare(rollouts_of(run.lm, ["12+34=46"]))
-    before = run.teacher.targets(
-        rollouts, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head
-    ).hidden
+def test_the_initial_student_stays_when_the_student_moves(bridge, prompts, tmp_path):
+    parts, _ = ready(bridge, prompts, tmp_path)
+    rollouts = parts.method.annotate(rollouts_of(["12+34=46"]))
+    before = parts.method.targets(rollouts)
     with torch.no_grad():
-        for weight in run.lm.model.model.layers.parameters():
+        for weight in parts.method.student.lm.model.model.layers.parameters():
             weight.add_(0.1)
-    after = run.teacher.targets(
-        rollouts, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head
-    ).hidden
-    for reading in run.stage.distill.teacher_readings:
-        assert_close(after[reading], before[reading])
+    after = parts.method.targets(rollouts)
+    for then, now in ((before.teacher, after.teacher), (before.reference, after.reference)):
+        for one in then.hidden:
+            assert_close(now.hidden[one], then.hidden[one])
 
 
-def rollouts_of(lm, texts):
-    prompt = Prompt(row=0, messages=(Message(role="user", content="1+2"),), token_ids=(1, 2))
-    ids = tuple(tuple(lm.tokenizer(text)["input_ids"]) for text in texts)
-    return Rollouts(prompts=(prompt,) * len(texts), completion_ids=ids, finished=(True,) * len(texts))
-
-
-def test_paired_positions_pack_the_same_text_on_both_sides(bridge, prompts, tmp_path):
+def test_aligned_tokens_are_tapped_behind_the_same_text_on_both_sides(published, prompts, tmp_path):
     """The state after 34 is read where either model has read exactly that."""
-    run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge, {"trust": 0.0})))
-    rollouts = run.teacher.prepare(rollouts_of(run.lm, ["12+34=46", "9"]))
-    assert rollouts.supervised(run.stage.objectives[0].tokens) == (7, 1)
-    reading = run.stage.objectives[0].teacher_readings[3]
-    got = run.teacher.targets(rollouts, [reading], head=False).hidden[reading]
+    parts, found = ready(published, prompts, tmp_path, {"type": "oprd_bridge_published"})
+    rollouts = parts.method.annotate(rollouts_of(["12+34=46", "9"]))
+    got = parts.method.targets(rollouts).teacher.hidden[spec(6, found.tokens)]
+    assert len(got) == 8
     lm = load_miniature("wide_teacher")
     prompt = lm.tokenizer("<|user|>1+2<|end|><|assistant|>")["input_ids"]
     alone = lm.model(
         input_ids=torch.tensor([[*prompt, *lm.tokenizer("12+34")["input_ids"]]]), output_hidden_states=True
     )
     assert_close(got[3], alone.hidden_states[-1][0, -1], atol=1e-4, rtol=1e-4)
-    share = run.teacher.tallies()[0]
-    assert (share.name, share.total, share.of) == ("teacher/paired/share", 8.0, 9.0)
+    share = parts.method.teacher.metrics()[0]
+    assert (share.name, share.sum, share.count) == ("teacher/aligned/share", 8.0, 9.0)
 
 
-def test_without_a_pair_the_run_stops_with_the_reason(bridge, prompts, tmp_path):
-    from oprd.errors import TrainingStopped
-    from oprd.train.log import Clock
-    from oprd.train.update import update_step
-
-    run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge)))
-    stray = run.lm.tokenizer("é")["input_ids"][1]  # a byte that begins no character
-    bad = replace(rollouts_of(run.lm, ["1", "2"]), completion_ids=((stray,), (stray, stray)))
+@pytest.mark.parametrize("form", ["oprd_bridge", "oprd_bridge_published"])
+def test_without_an_aligned_token_the_run_stops_with_the_reason(form, bridge, published, prompts, tmp_path):
+    parts, _ = ready(bridge if form == "oprd_bridge" else published, prompts, tmp_path, {"type": form})
+    stray = parts.method.student.lm.tokenizer("é")["input_ids"][1]  # a byte that begins no character
+    bad = replace(rollouts_of(["1", "2"]), completion_ids=((stray,), (stray, stray)))
     with pytest.raises(TrainingStopped, match="no token of this step ends where one of the teacher's ends"):
-        update_step(run, run.teacher.prepare(bad), Clock(torch.device("cpu")))
+        parts.method.update(parts.method.annotate(bad), 1, Clock(torch.device("cpu")))
 
 
-def test_frozen_projections_stay_trained_ones_move_and_are_written_beside_the_student(bridge, prompts, tmp_path):
-    for name, moving in (("frozen", {}), ("trainable", {"trainable": True}), ("refit", {"refit_every": 1})):
-        objective = moving | {"space": "projections"}
-        tree = bridge_recipe(tmp_path / name, prompts, bridge, objective, max_steps=2, lr_scheduler_type="constant")
-        run_recipe(parse_recipe(tree))
-        beside = tmp_path / name / "bridge.safetensors"
-        assert beside.exists() == (name != "frozen")
-        stored = models.AutoModelForCausalLM.from_pretrained(tmp_path / name / "student")  # nothing of the bridge in it
-        assert stored.config.hidden_size == 128
-        if name != "frozen":
-            before, after = load_bridge(bridge), load_bridge(beside)
-            moved = after.solutions[1].student_projection - before.solutions[1].student_projection[:8]
-            assert float(moved.abs().max()) > 1e-4
-            assert after.student.weights != before.student.weights
-            again = {"rank": 8, "bridge": str(beside), "space": "projections"}
-            tree = bridge_recipe(tmp_path / f"{name}2", prompts, beside, again)
-            build(parse_recipe(tree | {"student": {"model": str(tmp_path / name / "student")}}))
+def test_the_published_form_trains_and_leaves_nothing_of_the_bridge_in_the_student(published, prompts, tmp_path):
+    tree = bridge_recipe(tmp_path, prompts, published, {"type": "oprd_bridge_published"}, max_steps=1)
+    run_recipe(parse_recipe(tree))
+    stored = loading.AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert stored.config.hidden_size == 128
+    (told,) = json.loads((tmp_path / "objectives.json").read_text()).values()
+    assert [told[block]["rank"] for block in "1234"] == [8, 8, 8, 8]
 
 
 def test_the_kl_family_across_tokenizers_is_refused_but_for_sampled_reverse_kl(prompts, tmp_path):
-    for objective in ({"type": "opd"}, {"type": "opd", "divergence": "forward_kl", "estimator": "sampled"}):
+    for objective in ({"type": "opd"}, SAMPLED | {"divergence": "forward_kl"}):
         with pytest.raises(TeacherMismatch, match="has another vocabulary"):
-            build(parse_recipe(miniature_recipe(tmp_path, prompts, teacher=WIDE, objective=objective)))
-    build(parse_recipe(miniature_recipe(tmp_path, prompts, teacher=WIDE, objective=OPD)))
-    stale = miniature_recipe(tmp_path, prompts, teacher=WIDE, objective=OPD)
+            setup(parse_recipe(miniature_recipe(tmp_path, prompts, teacher=WIDE, objective=objective)))
+    setup(parse_recipe(miniature_recipe(tmp_path, prompts, teacher=WIDE, objective=SAMPLED)))
+    stale = miniature_recipe(tmp_path, prompts, teacher=WIDE, objective=SAMPLED)
     stale["rollout"] = stale["rollout"] | {"updates_per_rollout": 2}
     with pytest.raises(ConfigError, match="importance weights are taken by token"):
-        build(parse_recipe(stale))
-    shared = WIDE | {"alignment": "shared_ids"}
-    with pytest.raises(TeacherMismatch, match="mean nothing for the student's"):
-        build(parse_recipe(miniature_recipe(tmp_path, prompts, teacher=shared, objective=OPD)))
+        setup(parse_recipe(stale))
 
 
 def test_several_teachers_have_the_students_tokenizer(prompts, tmp_path):
     several = {"type": "several", "teachers": {"near": WIDE | {"model": str(MODELS / "teacher")}, "far": WIDE}}
     with pytest.raises(TeacherMismatch, match="teacher 'far' of several has another tokenizer"):
-        build(parse_recipe(miniature_recipe(tmp_path, prompts, teacher=several, objective=OPD)))
+        setup(parse_recipe(miniature_recipe(tmp_path, prompts, teacher=several, objective=SAMPLED)))
 
 
 def test_spans_have_each_models_own_log_probability(prompts, tmp_path):
     """12+34: the span `34` is two tokens of the student and one of the teacher."""
-    run = build(parse_recipe(miniature_recipe(tmp_path, prompts, teacher=WIDE, objective=OPD)))
-    rollouts = run.teacher.prepare(rollouts_of(run.lm, ["12+34", "5"]))
-    objective = run.stage.objectives[0]
-    targets = run.teacher.targets(rollouts, objective.teacher_readings, head=True)
-    batch = collate_student(rollouts, pad_id=0, device=run.lm.device)
-    states = read_states(run.lm, batch, objective.readings, head=True)
+    parts = setup(parse_recipe(miniature_recipe(tmp_path, prompts, teacher=WIDE, objective=SAMPLED)))
+    (objective,), lm = parts.method.student.objectives, parts.method.student.lm
+    rollouts = parts.method.annotate(rollouts_of(["12+34", "5"]))
+    states, targets = compared(parts, rollouts)
     values = objective.per_token(states, targets)
+    assert objective.weights(rollouts).tolist() == [1, 1, 1, 0, 1, 1]
 
     def logprob(lm, prompt, text, piece) -> float:
         before, own = (lm.tokenizer(x)["input_ids"] for x in (text, text + piece))
         logits = lm.model(input_ids=torch.tensor([[*prompt, *own]])).logits.log_softmax(-1)[0].detach()
         return sum(float(logits[len(prompt) + i - 1, own[i]]) for i in range(len(before), len(own)))
 
-    wide = load_miniature("wide_teacher")
-    prompt = wide.tokenizer("<|user|>1+2<|end|><|assistant|>")["input_ids"]
+    wide, ours = load_miniature("wide_teacher"), rollouts.prompts[0].token_ids
+    theirs = wide.tokenizer("<|user|>1+2<|end|><|assistant|>")["input_ids"]
     expected = [
-        logprob(run.lm, [1, 2], text, piece) - logprob(wide, prompt, text, piece)
+        logprob(lm, ours, text, piece) - logprob(wide, theirs, text, piece)
         for text, piece in (("", "1"), ("1", "2"), ("12", "+"), ("12+", "34"), ("", "5"))
     ]
-    assert_close(values.detach(), torch.tensor(expected), atol=1e-3, rtol=1e-3)
+    assert_close(values.detach()[objective.weights(rollouts) > 0], torch.tensor(expected), atol=1e-3, rtol=1e-3)
 
 
-def test_two_stages_in_one_folder_resume_across_the_boundary(bridge, prompts, tmp_path):
-    objective = bridge_recipe(tmp_path, prompts, bridge)["objective"]
-    stages = [
-        {"objective": objective, "max_steps": 2},
-        {"objective": OPD, "max_steps": 2, "learning_rate": 1e-4},
-    ]
-    tree = miniature_recipe(tmp_path / "whole", prompts, teacher=WIDE, stages=stages, lr_scheduler_type="constant")
-    tree = {key: value for key, value in tree.items() if key not in ("objective", "max_steps")} | {"save_steps": 1}
-    run_recipe(parse_recipe(tree | {"save_total_limit": 4}))
-    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert ["train/oprd_bridge/mean" in row for row in rows] == [True, True, False, False]
-    assert [row["train/learning_rate"] for row in rows] == [1e-3, 1e-3, 1e-4, 1e-4]
-    assert all(row["teacher/paired/share"] > 0.5 for row in rows)
+def test_a_bridge_with_another_objective_resumes_to_the_same_student(bridge, prompts, tmp_path):
+    fading = bridge_recipe(tmp_path, prompts, bridge)["objective"] | {"weight": {"from": 10.0, "to": 0.0, "steps": 3}}
+    tree = miniature_recipe(tmp_path / "whole", prompts, teacher=WIDE, objective=[fading, SAMPLED], max_steps=3)
+    tree |= {"save_steps": 1, "save_total_limit": 4}
+    run_recipe(parse_recipe(tree))
+    folder = tmp_path / "whole"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all("train/oprd_bridge/mean" in row and row["teacher/aligned/share"] > 0.5 for row in rows)
     assert all("health/student_entropy/mean" in row and "health/top_16_overlap/mean" not in row for row in rows)
-    final = (tmp_path / "whole" / "student" / "model.safetensors").read_bytes()
-    for step in (1, 2, 3):
-        folder = tmp_path / "whole"
+    final = (folder / "student" / "model.safetensors").read_bytes()
+    for step in (1, 2):
         (folder / "result.json").unlink()
         checkpoint = str(folder / "checkpoints" / f"step-{step:06d}")
-        run_recipe(parse_recipe(tree | {"save_total_limit": 4, "resume_from_checkpoint": checkpoint}))
+        run_recipe(parse_recipe(tree | {"resume_from_checkpoint": checkpoint}))
         assert (folder / "student" / "model.safetensors").read_bytes() == final, step
 
 
-def test_stages_replace_objective_and_steps(bridge, prompts, tmp_path):
-    tree = bridge_recipe(tmp_path, prompts, bridge, stages=[{"objective": OPD, "max_steps": 2}])
-    with pytest.raises(ConfigError, match="stages have their own objective and max_steps"):
-        parse_recipe(tree)
-
-
-def test_ids_that_the_teacher_has_no_row_for_are_refused(prompts, tmp_path):
-    """The wide teacher as the student of the base: its ids go beyond the base's 262 rows."""
-    tree = bridge_recipe(tmp_path, prompts, tmp_path / "b")
-    tree["student"] = {"model": str(MODELS / "wide_teacher")}
-    tree["teacher"] = WIDE | {"model": str(MODELS / "base"), "alignment": "shared_ids"}
-    with pytest.raises(TeacherMismatch, match=r"ids, which go up to \d+; its vocabulary has 262 rows"):
-        fit_bridge(parse_recipe(tree))
-
-
-def test_shared_ids_feed_the_teacher_the_students_tokens(prompts, tmp_path):
-    path = tmp_path / "b.safetensors"
-    tree = bridge_recipe(tmp_path / "run", prompts, path) | {"teacher": WIDE | {"alignment": "shared_ids"}}
-    fit_bridge(parse_recipe(tree))
-    run = build(parse_recipe(tree))
-    rollouts = run.teacher.prepare(rollouts_of(run.lm, ["12+34"]))
-    assert rollouts.answers is None
-    targets = run.teacher.targets(rollouts, run.stage.distill.teacher_readings, head=run.stage.distill.teacher_head)
-    assert targets.batch.input_ids.tolist() == [[1, 2, *rollouts.completion_ids[0]]]
-
-
-def test_few_paired_positions_warn_once(bridge, prompts, tmp_path, capfd):
-    run = build(parse_recipe(bridge_recipe(tmp_path, prompts, bridge)))
-    stray = run.lm.tokenizer("é")["input_ids"][1]
-    one = run.lm.tokenizer("1")["input_ids"]
-    bad = replace(rollouts_of(run.lm, ["1"]), completion_ids=((*one, *[stray] * 9),))
-    run.teacher.prepare(bad)
-    run.teacher.prepare(bad)
+def test_few_aligned_tokens_warn_once(bridge, prompts, tmp_path, capfd):
+    parts, _ = ready(bridge, prompts, tmp_path)
+    tokenizer = parts.method.student.lm.tokenizer
+    stray, one = tokenizer("é")["input_ids"][1], tokenizer("1")["input_ids"]
+    bad = replace(rollouts_of(["1"]), completion_ids=((*one, *[stray] * 9),))
+    parts.method.annotate(bad)
+    parts.method.annotate(bad)
     assert capfd.readouterr().err.count("Only 10% of the tokens end where one of teacher") == 1
 
 
 def test_a_fit_takes_rows_at_which_the_student_is_sure(prompts, tmp_path):
-    job = prepare_fit(parse_recipe(bridge_recipe(tmp_path / "run", prompts, tmp_path / "b")), Given())
-    rollouts = job.both.teacher.prepare(job.write(0))
-    last = replace(job.both.pairs[0].student, block="last")
+    recipe = parse_recipe(bridge_recipe(tmp_path / "run", prompts, tmp_path / "b"))
+    job = prepare_fit(recipe, recipe.objective[0], Given())
+    rollouts = job.teacher.annotate(job.write(job.prompts[:16], 0))
+    tokens, lm = job.setting.tokens, job.student.lm
     confident = total = 0
     for micro in split_by_tokens(rollouts, 4096):
-        states = read_states(
-            job.both.lm, collate_student(micro, pad_id=0, device=job.both.lm.device), (last,), head=True
-        )
-        likeliest = (states.hidden[last] @ states.head.weight.T).softmax(-1).amax(-1)
+        batch = student_batch(micro, pad_id=0, device=lm.device)
+        states = job.student.hidden(batch, Taps(hidden=(spec("last", tokens),), head=True))
+        aligned = states.hidden[spec("last", tokens)][batch.aligned(tokens)]
+        likeliest = (aligned @ states.head.weight.T).softmax(-1).amax(-1)
         confident, total = confident + int((likeliest >= 0.9).sum()), total + len(likeliest)
-    taken = sum(len(rows[1][0]) for rows in job.both.rows(rollouts))
-    everything = sum(len(rows[1][0]) for rows in replace(job.both, confidence=0.0).rows(rollouts))
+    taken = sum(len(rows[1][0]) for rows in job.rows(rollouts))
+    all_rows = replace(job, setting=job.setting.model_copy(update={"confidence": 0.0}))
+    everything = sum(len(rows[1][0]) for rows in all_rows.rows(rollouts))
     assert (taken, everything) == (confident, total)
     assert 0.5 * total < taken < total
-
-
-def test_the_gradient_fit_writes_a_file_that_trains(prompts, tmp_path):
-    path = tmp_path / "b.safetensors"
-    tree = bridge_recipe(tmp_path / "run", prompts, path, {"fit": {"method": "gradient"}}, max_steps=1)
-    fit_bridge(parse_recipe(tree))
-    file = load_bridge(path)
-    assert file.setting.method == "gradient"
-    assert float(file.solutions[1].student_mean.abs().max()) == 0.0  # no bias [code]
-    run_recipe(parse_recipe(tree))
-    told = json.loads((tmp_path / "run" / "bridge.json").read_text())
-    assert [told[block]["rank"] for block in "1234"] == [8, 8, 8, 8]

@@ -17,7 +17,7 @@ def make_run(folder: Path, *, steps: int = 3, torn: bool = False) -> Path:
     )
     folder.joinpath("run.json").write_text("{}")
     rows = [
-        {"step": i, "train/oprd/mean": 1.0 / i, "time/rollout_s": 30.0, "time/update_s": 30.0, "memory/peak_gib": 1.25,
+        {"step": i, "train/oprd/mean": 1.0 / i, "time/rollout_s/sum": 30.0, "time/update_s/sum": 30.0, "memory/peak_gib/max": 1.25,
          "training_seconds/total": 60.0 * i,
          "rollout/truncated/share": 0.25, "train/skipped_steps/total": 2, "health/cosine_block_01/mean": 0.5}
         for i in range(1, steps + 1)
@@ -42,6 +42,11 @@ def make_run(folder: Path, *, steps: int = 3, torn: bool = False) -> Path:
 
 def table_of(page: str) -> str:
     return page[page.index("<table>") : page.index("</table>")]
+
+
+def figures_of(page: str) -> list[dict]:
+    groups = re.search(r"const groups = (.*);", page)
+    return [figure for group in json.loads(groups[1]) for figure in group]
 
 
 def test_the_table_shows_the_numbers_of_the_files(tmp_path):
@@ -94,39 +99,48 @@ def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
         write_report([tmp_path], tmp_path / "r.html")
 
 
-def test_searches_and_updates_are_drawn_where_a_run_has_them(tmp_path):
+def test_every_metric_is_drawn_whatever_its_name(tmp_path):
     run = make_run(tmp_path / "one")
-    page = write_report([run], tmp_path / "r.html").read_text()
-    assert "Extrapolation: factor accepted" not in page
-    search = {"step": 2, "accepted": 6.0, "score": 0.4, "candidates": []}
-    (run / "searches.jsonl").write_text(json.dumps(search) + "\n")
-    matrix = {"step": 3, "block": 1, "kind": "mlp.up_proj", "norm": 2.0, "relative_norm": 0.1}
-    matrix |= {"cosine": 1.0, "top_energy": 0.5, "subspace_cosine": 1.0}
-    scores = {
-        "benchmark": "aime24",
-        "early_step": 1,
-        "final_step": 9,
-        "before": 0.1,
-        "early": 0.2,
-        "rescaled": 0.3,
-        "along": [[0.5, 0.35]],
-        "final": 0.4,
-    }
-    (run / "updates.json").write_text(json.dumps({"rank": 4, "matrices": [matrix], "far_early": [scores]}))
-    page = write_report([run], tmp_path / "r.html").read_text()
-    titles = (
-        "Extrapolation: factor accepted",
-        "Energy of the update in its top 4 directions",
-        "go far early, from step 1 of 9",
-        "at 0.5",
-    )
-    assert all(title in page for title in titles)
-
-
-def test_two_terms_of_a_kind_are_two_curves(tmp_path):
-    run = make_run(tmp_path / "one")
-    rows = [{"step": step, "train/reverse_kl_1/mean": 0.5, "train/reverse_kl_2/mean": 0.25} for step in (1, 2)]
+    rows = [{"step": step, "train/new_loss_1/mean": 0.5, "invented/number": 1000.0**step} for step in (1, 2)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = write_report([run], tmp_path / "r.html").read_text()
-    assert "one: reverse_kl_1" in page
-    assert "one: reverse_kl_2" in page
+    assert re.findall(r"<h3>(.*)</h3>", page) == ["Accuracy", "train", "invented"]
+    titles = {figure["layout"]["title"]["text"]: figure for figure in figures_of(page)}
+    assert titles["train/new_loss_1/mean"]["data"][0]["y"] == [0.5, 0.5]
+    assert titles["train/new_loss_1/mean"]["layout"]["yaxis"]["type"] == "linear"
+    assert titles["invented/number"]["layout"]["yaxis"]["type"] == "log"
+
+
+def test_a_metric_by_block_is_drawn_against_the_block_at_the_first_and_the_last_step(tmp_path):
+    run = make_run(tmp_path / "one")
+    rows = [{"step": s, **{f"health/cosine_block_{b:02d}/mean": b / s for b in (1, 2, 10)}} for s in (1, 2, 4)]
+    rows.append({"step": 5})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report([run], tmp_path / "r.html").read_text()
+    (figure,) = [f for f in figures_of(page) if f["layout"]["title"]["text"] == "health/cosine/mean by block"]
+    assert [(curve["name"], curve["x"], curve["y"]) for curve in figure["data"]] == [
+        ("one: step 1", [1, 2, 10], [1.0, 2.0, 10.0]),
+        ("one: step 4", [1, 2, 10], [0.25, 0.5, 2.5]),
+    ]
+
+
+def test_searches_and_a_bridge_are_drawn_where_a_run_has_them(tmp_path):
+    run = make_run(tmp_path / "one")
+    assert "Searches: factor accepted" not in write_report([run], tmp_path / "r.html").read_text()
+    (run / "searches.jsonl").write_text(json.dumps({"step": 2, "accepted": 6.0, "score": 0.4}) + "\n")
+    curves = {"teacher_block": 8, "cosine": [0.9, 0.8], "canonical": [0.7, 0.4], "rank": 2}
+    (run / "objectives.json").write_text(json.dumps({"oprd_bridge": {"4": curves}}))
+    page = write_report([run], tmp_path / "r.html").read_text()
+    titles = {figure["layout"]["title"]["text"]: figure for figure in figures_of(page)}
+    assert titles["Searches: factor accepted (0: plain update)"]["data"][0]["y"] == [6.0]
+    assert titles["Held-out cosine of the projections"]["data"][0]["name"] == "one: block 4 to 8, rank 2"
+    assert titles["Held-out canonical correlations"]["data"][0]["y"] == [0.7, 0.4]
+
+
+def test_the_terms_of_a_sum_are_named_in_the_table(tmp_path):
+    run = make_run(tmp_path / "one")
+    recipe = "teacher: {type: server}\nobjective: [{type: oprd}, {type: opd_sampled, weight: 0.1}]\nmax_steps: 9\n"
+    (run / "recipe.yaml").write_text(recipe)
+    table = table_of(write_report([run], tmp_path / "r.html").read_text())
+    assert "<td>oprd + opd_sampled</td>" in table
+    assert "<td>server</td>" in table

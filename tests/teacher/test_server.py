@@ -2,32 +2,25 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from conftest import MODELS, load_miniature, miniature_recipe
-from oprd.config.reading import parse_recipe
 from oprd.errors import ConfigError, ServerError, TeacherMismatch, TrainingStopped
-from oprd.teacher.client import Client
-from oprd.teacher.server import ServerWriter
-from oprd.teacher.writer import Ask
-from oprd.train.build import build
+from oprd.recipe import parse_recipe
+from oprd.teacher.base import GenerationRequest
+from oprd.teacher.server import ServerTeacherConfig
 from oprd.train.run import run_recipe
-from oprd.types import (
-    JointTargets,
-    Message,
-    Prompt,
-    Reading,
-    SampledTargets,
-    TokenSelection,
-    TopKTargets,
-)
-from serving import TEACHER, FaultyServer, given_rollouts, metrics, served, transformers_serve
+from oprd.train.setup import setup
+from oprd.types import Capability, HiddenSpec, Message, Taps, TokenSelection
+from serving import TEACHER, FaultyServer, connect, given_rollouts, metrics, served, teacher_context, transformers_serve
 
 OMNI = {"type": "omni_opd", "chunk_tokens": 6, "chunks": 2, "continuations": 3, "anchor": 0.1}
-ALL = TokenSelection(keep="all")
+SAMPLED = {"type": "opd_sampled"}
+LENGTHS = {"group_size": 2, "max_completion_length": 48}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +37,7 @@ def server():
 
 
 def real_teacher(url: str, **changes) -> dict[str, object]:
-    return served(url, model=str(TEACHER), many_samples=False, concurrency=4, request_timeout_s=60.0) | changes
+    return served(url, model=str(TEACHER), many_samples=False, concurrency=4, timeout_s=120.0) | changes
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -56,33 +49,27 @@ def weights(folder) -> dict[str, torch.Tensor]:
 # Text, from transformers serve
 
 
-def test_a_real_server_continues_an_answer_that_was_begun(real, tmp_path):
-    config = parse_recipe(miniature_recipe(tmp_path, tmp_path, teacher=real_teacher(real), objective=OMNI)).teacher
-    writer = ServerWriter(
-        config, Client(config, cache=tmp_path / "c.sqlite", run="r"), load_miniature("teacher").tokenizer
-    )
-    question = Ask(
+def test_a_real_server_continues_a_completion_that_was_begun(real, tmp_path):
+    config = ServerTeacherConfig(**real_teacher(real))
+    teacher = connect(config, tmp_path, text=True)
+    question = GenerationRequest(
         messages=(Message(role="user", content="12+34-5"),),
         prefix="12+34=46\n4",
         samples=2,
-        max_tokens=30,
+        max_new_tokens=30,
         temperature=0.0,
     )
-    (written,) = writer.write([[question]])[0]
-    assert written.texts == ("6-5=41\n\\boxed{41}",) * 2
-    assert written.finished == (True, True)
-    assert writer.tallies()[0].total == 2
+    (generation,) = teacher.generate([[question]])[0]
+    assert generation.texts == ("6-5=41\n\\boxed{41}",) * 2
+    assert generation.finished == (True, True)
+    assert teacher.metrics()[0].sum == 2
 
 
-def test_a_real_server_whose_chat_begins_anew_is_found_out_before_anything_is_loaded(real, tmp_path, train_file):
+def test_a_real_server_whose_chat_begins_anew_is_found_out_before_anything_is_loaded(real, tmp_path):
     """transformers serve ends the assistant's message and starts another: neither form of prefill continues there."""
-    teacher = real_teacher(real, continuation="prefill")
-    tree = miniature_recipe(tmp_path / "run", train_file, teacher=teacher, objective=OMNI)
-    config = parse_recipe(tree).teacher
-    writer = ServerWriter(config, Client(config, cache=tmp_path / "c.sqlite", run="r"), None)
-    prompt = Prompt(row=0, messages=(Message(role="user", content="12+34-5+9-70"),), token_ids=(1,))
+    config = ServerTeacherConfig(**real_teacher(real, continuation="prefill", tokenizer=None))
     with pytest.raises(ServerError, match=r"begins anew .* continuation='prefill'. Use another one: completions"):
-        writer.check(prompt, continues=True)
+        connect(config, tmp_path, prompt="12+34-5+9-70", text=True, continues=True)
 
 
 def test_omni_learns_from_a_real_server_and_a_repeated_run_pays_nothing(real, tmp_path, train_file):
@@ -101,70 +88,102 @@ def test_omni_learns_from_a_real_server_and_a_repeated_run_pays_nothing(real, tm
         assert row["omni/teacher_tokens/mean"] > 0
         assert row["health/student_entropy/mean"] > 0
         assert "health/teacher_entropy/mean" not in row  # a server shows no states
-    assert rows[0]["omni/anchor_kl/mean"] == pytest.approx(0, abs=1e-6)
-    assert rows[1]["omni/anchor_kl/mean"] > 0
     run_recipe(parse_recipe(tree | {"output_dir": str(tmp_path / "two")}))
     again = metrics(tmp_path / "two")
     assert sum(row["teacher/requests/sum"] for row in again) == 0
     assert [row["train/loss/mean"] for row in again] == [row["train/loss/mean"] for row in rows]
 
 
-def test_rewriting_and_sequence_distillation_learn_from_a_real_server(real, tmp_path, train_file):
-    for kind in ("rewrite", "sequence"):
-        teacher = {"type": kind, "teacher": real_teacher(real)}
-        options = {"objective": {"type": "nll"}, "max_steps": 1, "prompts_per_step": 2}
-        run_recipe(parse_recipe(miniature_recipe(tmp_path / kind, train_file, teacher=teacher, **options)))
-        (row,) = metrics(tmp_path / kind)
-        assert row["teacher/requests/sum"] > 0
-        if kind == "sequence":
-            assert row["sequence/length/mean"] > 10
-            assert row["train/nll/mean"] > 0
+@pytest.mark.parametrize("source", ["rewrite", "teacher"])
+def test_rewriting_and_sequence_distillation_learn_from_a_real_server(source, real, tmp_path, train_file):
+    options = {"objective": {"type": "nll"}, "max_steps": 1, "prompts_per_step": 2}
+    rollout = LENGTHS | {"source": {"type": source}}
+    tree = miniature_recipe(tmp_path / "run", train_file, teacher=real_teacher(real), rollout=rollout, **options)
+    run_recipe(parse_recipe(tree))
+    (row,) = metrics(tmp_path / "run")
+    assert row["teacher/requests/sum"] > 0
+    if source == "teacher":
+        assert row["sequence/length/mean"] > 10
+        assert row["train/nll/mean"] > 0
 
 
 # Log-probabilities
 
 
-@pytest.mark.parametrize("form", ["prompt_logprobs", "echo"])
-def test_a_served_teacher_gives_the_targets_of_a_local_one_with_the_same_weights(form, server, tmp_path, train_file):
-    objective = {
-        "type": "mixture",
-        "terms": [
-            {"type": "opd", "estimator": "sampled"},
-            {"type": "opd", "estimator": "top_k", "top_k": 4, "support": "teacher"},
-        ],
-    }
-    tree = miniature_recipe(
-        tmp_path / "run", train_file, teacher=served(server.url, logprobs=form), objective=objective
-    )
-    run = build(parse_recipe(tree))
-    local = build(parse_recipe(miniature_recipe(tmp_path / "local", train_file, objective=objective)))
-    rollouts = given_rollouts(run.lm)
-    targets = run.teacher.targets(run.teacher.prepare(rollouts), run.stage.distill.readings, head=True)
-    assert isinstance(targets, JointTargets)
-    sampled = next(part for part in targets.parts if isinstance(part, SampledTargets))
-    top = next(part for part in targets.parts if isinstance(part, TopKTargets))
-    reading = Reading(block=4, at="prediction", tokens=ALL)
-    hidden = local.teacher.targets(rollouts, [reading], head=True)
-    log_q = (hidden.hidden[reading] @ hidden.head.weight.T).log_softmax(-1)
+def test_a_served_teacher_gives_the_targets_of_a_local_one_with_the_same_weights(server, tmp_path, train_file):
+    objective = [SAMPLED, {"type": "opd_top_k", "k": 4, "support": "teacher"}]
+    config = ServerTeacherConfig(**served(server.url))
+    teacher = connect(config, tmp_path / "run", logprobs=True, top_k=4)
+    local = setup(parse_recipe(miniature_recipe(tmp_path / "local", train_file, objective=objective)))
+    rollouts = given_rollouts(local.method.student.lm.tokenizer)
+    annotated = teacher.annotate(rollouts)
+    assert annotated.token_weights == tuple((1.0,) * length for length in rollouts.lengths)
+    given = teacher.targets(annotated, Taps()).logprobs
+    spec = HiddenSpec(block="last", at="predicting", tokens=TokenSelection())
+    states = local.method.teacher.targets(rollouts, Taps(hidden=(spec,), head=True)).teacher
+    log_q = (states.hidden[spec] @ states.head.weight.T).log_softmax(-1)
     ids = torch.tensor([i for row in rollouts.completion_ids for i in row])
-    assert_close(sampled.logprobs, log_q.gather(-1, ids[:, None])[:, 0], atol=1e-3, rtol=0)
-    assert_close(top.logprobs, log_q.topk(4).values, atol=1e-3, rtol=0)
-    assert torch.equal(top.ids, log_q.topk(4).indices)
+    assert_close(given.sampled, log_q.gather(-1, ids[:, None])[:, 0], atol=1e-3, rtol=0)
+    assert_close(given.top_logprobs, log_q.topk(4).values, atol=1e-3, rtol=0)
+    assert torch.equal(given.top_ids, log_q.topk(4).indices)
+
+
+def test_what_was_lost_has_weight_0_and_what_had_it_before_keeps_it(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("oprd.teacher.transport.MAX_LOST_SHARE", 0.5)
+    teacher = connect(ServerTeacherConfig(**served(server.url, concurrency=1)), tmp_path, logprobs=True, top_k=2)
+    server.fault = lambda number: "400" if number == 3 else None  # the first is the check at start
+    rollouts = given_rollouts(load_miniature("teacher").tokenizer)
+    before = ((0.0, *(0.5,) * (rollouts.lengths[0] - 1)), (), (1.0,) * rollouts.lengths[2])
+    annotated = teacher.annotate(replace(rollouts, token_weights=before))
+    assert annotated.token_weights == (before[0], (), (0.0,) * rollouts.lengths[2])
+    assert [targets.top_ids.shape for targets in annotated.logprobs] == [(n, 2) for n in rollouts.lengths]
+    assert annotated.logprobs[0].sampled.abs().sum() > 0
+    assert annotated.logprobs[2].sampled.abs().sum() == 0
+
+
+def test_a_teacher_that_finds_the_completions_less_probable_than_chance_is_refused(server, tmp_path):
+    teacher = connect(ServerTeacherConfig(**served(server.url)), tmp_path, logprobs=True)
+    rollouts = given_rollouts(load_miniature("teacher").tokenizer)
+    noise = tuple(tuple((7 * i) % 250 + 5 for i in range(40)) for _ in rollouts.prompts)
+    with pytest.raises(
+        ServerError, match=r"mean log-probability of -\d+.\d+ nats a token; random tokens would have -5.5"
+    ):
+        teacher.annotate(replace(rollouts, completion_ids=noise))
+
+
+def test_without_a_tokenizer_or_with_another_one_a_server_provides_text_alone(tmp_path):
+    by_token = {Capability.LOGPROBS, Capability.TOP_K, Capability.SAME_TOKENIZER}
+
+    def facts(**changes):
+        config = ServerTeacherConfig(**served("http://host/v1", **changes))
+        return config.facts(teacher_context(tmp_path))
+
+    assert facts().provides == {Capability.TEXT, *by_token}
+    without = facts(tokenizer=None, continuation="prefill")
+    assert without.provides == {Capability.TEXT}
+    assert set(without.why_not) == by_token
+    assert "give `tokenizer`" in without.why_not[Capability.LOGPROBS]
+    other = facts(tokenizer=str(MODELS / "wide_teacher"))
+    assert other.provides == {Capability.TEXT}
+    assert "another vocabulary" in other.why_not[Capability.TOP_K]
 
 
 def test_sampled_opd_from_a_server_makes_the_update_of_a_local_teacher(server, tmp_path, train_file):
-    options = {"objective": {"type": "opd", "estimator": "sampled"}, "max_steps": 2, "health_tokens": 0}
+    options = {"objective": SAMPLED, "max_steps": 2, "health_tokens": 0}
     run_recipe(parse_recipe(miniature_recipe(tmp_path / "served", train_file, teacher=served(server.url), **options)))
     run_recipe(parse_recipe(miniature_recipe(tmp_path / "local", train_file, **options)))
     ours, theirs = (metrics(tmp_path / name) for name in ("served", "local"))
     for a, b in zip(ours, theirs, strict=True):
         assert a["train/loss/mean"] == pytest.approx(b["train/loss/mean"], abs=1e-3)
-        assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-2)
+        assert a["train/grad_norm/mean"] == pytest.approx(b["train/grad_norm/mean"], rel=1e-2)
 
 
-def test_completions_whose_log_probabilities_were_lost_are_left_out_and_counted(server, tmp_path, train_file):
-    options = {"objective": {"type": "opd", "estimator": "sampled"}, "max_steps": 1, "health_tokens": 0}
-    teacher = served(server.url, max_retries=0, max_lost_share=0.5)
+def test_completions_whose_log_probabilities_were_lost_are_left_out_and_counted(
+    server, tmp_path, train_file, monkeypatch
+):
+    options = {"objective": SAMPLED, "max_steps": 1, "health_tokens": 0}
+    monkeypatch.setattr("oprd.teacher.transport.MAX_LOST_SHARE", 0.5)
+    teacher = served(server.url, max_retries=0)
     server.fault = lambda number: "500" if number in {3, 6} else None  # the first is the check at start
     run_recipe(parse_recipe(miniature_recipe(tmp_path / "run", train_file, teacher=teacher, **options)))
     (row,) = metrics(tmp_path / "run")
@@ -175,56 +194,45 @@ def test_completions_whose_log_probabilities_were_lost_are_left_out_and_counted(
 def test_a_server_with_other_tokens_or_without_log_probabilities_is_refused_at_start(
     server, real, tmp_path, train_file
 ):
-    tree = miniature_recipe(
-        tmp_path / "run", train_file, teacher=served(server.url), objective={"type": "opd", "estimator": "sampled"}
-    )
+    tree = miniature_recipe(tmp_path / "run", train_file, teacher=served(server.url), objective=SAMPLED)
     inner = server.reply
     server.reply = lambda path, body: inner(path, body | {"prompt": [min(i + 1, 261) for i in body["prompt"]]})
     with pytest.raises(ServerError, match=r"answers for other token ids than were sent .* has another tokenizer"):
-        build(parse_recipe(tree))
+        setup(parse_recipe(tree))
     with pytest.raises(ServerError, match="HTTP 4"):
-        build(parse_recipe(tree | {"teacher": real_teacher(real)}))
+        setup(parse_recipe(tree | {"teacher": real_teacher(real)}))
 
 
 # What fits what
 
 
 @pytest.mark.parametrize(
-    ("objective", "teacher", "message"),
+    ("objective", "message"),
     [
-        (
-            {"type": "opd"},
-            {},
-            "objective 'reverse_kl' needs HiddenTargets; teacher 'server' provides ChunkTargets, Sampled",
-        ),
-        ({"type": "oprd"}, {}, "objective 'oprd' needs HiddenTargets"),
-        ({"type": "nll"}, {}, "needs TextTargets.*type 'rewrite' or 'sequence'"),
+        ({"type": "opd"}, "objective 'opd' needs next-token distributions.*teacher 'server' .* provides .*text"),
+        ({"type": "oprd"}, "objective 'oprd' needs hidden states"),
+        ({"type": "nll"}, "needs completions written by the teacher.*Set rollout.source to 'teacher', 'rewrite'"),
     ],
 )
-def test_an_objective_that_the_server_cannot_serve_is_refused(objective, teacher, message, tmp_path, train_file):
+def test_an_objective_that_the_server_cannot_serve_is_refused(objective, message, tmp_path, train_file):
     tree = miniature_recipe(tmp_path / "r", train_file, teacher=served("http://127.0.0.1:9/v1"), objective=objective)
     with pytest.raises(TeacherMismatch, match=message):
-        build(parse_recipe(tree))
+        setup(parse_recipe(tree))
 
 
-def test_combinations_that_make_no_sense_are_refused_by_the_recipe(tmp_path, train_file):
+def test_fields_that_make_no_sense_together_are_refused_by_the_recipe(tmp_path, train_file):
     def refused(message, **changes):
-        with pytest.raises(ConfigError, match=message):
-            parse_recipe(miniature_recipe(tmp_path, train_file, **changes))
+        teacher = served("http://host/v1") | changes
+        with pytest.raises(ConfigError, match=message) as caught:
+            parse_recipe(miniature_recipe(tmp_path, train_file, teacher=teacher))
+        assert "secret" not in str(caught.value)
 
-    local = {"type": "local", "model": str(MODELS / "teacher")}
-    sampled = {"type": "opd", "estimator": "sampled"}
-    refused(
-        "under teacher 'rewrite' the teacher writes", teacher={"type": "rewrite", "teacher": local}, objective=sampled
-    )
-    refused("without a password", teacher=served("http://me:secret@host/v1"))
-    refused("give `tokenizer`", teacher=served("http://host/v1", tokenizer=None))
-    refused("max_cost needs price", teacher=served("http://host/v1", max_cost=1.0))
-    refused("must contain {completion}", teacher={"type": "rewrite", "teacher": local, "rewrite_prompt": "shorter!"})
-    templated = served("http://host/v1", prompt_template="{problem}")
-    refused("drop its prompt_template", teacher={"type": "rewrite", "teacher": templated}, objective={"type": "nll"})
-    refused("redraw has no meaning", objective={"type": "opd", "redraw": True})
-    refused("give embedding_model", objective={"type": "omni_opd", "similarity": "embedding"})
+    refused("without a password", base_url="http://me:secret@host/v1")
+    refused("must be the name of an environment variable", api_key_env="sk-secret")
+    refused("give `tokenizer`", tokenizer=None)
+    refused("max_cost needs price_per_million", max_cost=1.0)
+    refused("max_cost needs price_per_million", max_cost=1.0, price_per_million=[0.0, 0.0])
+    refused(r"must be two prices: \[prompt, completion\]", price_per_million=[1.0])
 
 
 # Faults, in whole runs
@@ -237,30 +245,28 @@ def omni_run(folder, train_file, url, **changes):
 
 
 def test_a_refused_connection_is_said_before_anything_is_loaded(tmp_path, train_file, monkeypatch):
-    from oprd.train import build as module
-
-    monkeypatch.setattr(module, "load_student", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("oprd.train.setup.load_student", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(ServerError, match=r"no connection. Is it running, is base_url right"):
-        build(parse_recipe(omni_run(tmp_path / "run", train_file, FaultyServer().url, teacher={"max_retries": 0})))
+        setup(parse_recipe(omni_run(tmp_path / "run", train_file, FaultyServer().url, teacher={"max_retries": 0})))
 
 
 def test_a_server_that_ignores_n_is_found_out_at_start(server, tmp_path, train_file):
     inner = server.reply
     server.reply = lambda path, body: inner(path, body | {"n": 1})
     with pytest.raises(ServerError, match="set many_samples: false"):
-        build(parse_recipe(omni_run(tmp_path / "run", train_file, server.url)))
+        setup(parse_recipe(omni_run(tmp_path / "run", train_file, server.url)))
 
 
-@pytest.mark.parametrize("kind", ["rewrite", "sequence"])
+@pytest.mark.parametrize("source", ["rewrite", "teacher"])
 def test_a_server_without_n_that_continues_nothing_is_good_enough_where_whole_texts_are_asked_for(
-    kind, server, tmp_path, train_file
+    source, server, tmp_path, train_file
 ):
     inner = server.reply
     server.reply = lambda path, body: inner(path, body | {"n": 1})
-    # this server begins anew after a last assistant message
-    teacher = {"type": kind, "teacher": served(server.url, continuation="prefill", tokenizer=None)}
-    tree = miniature_recipe(tmp_path / "run", train_file, teacher=teacher, objective={"type": "nll"}, max_steps=1)
-    build(parse_recipe(tree))
+    teacher = served(server.url, continuation="prefill", tokenizer=None)  # this server begins anew
+    rollout = LENGTHS | {"source": {"type": source}}
+    tree = miniature_recipe(tmp_path / "run", train_file, teacher=teacher, rollout=rollout, objective={"type": "nll"})
+    setup(parse_recipe(tree))
     assert server.requests == 1
 
 
@@ -268,16 +274,17 @@ def test_a_server_without_n_that_continues_nothing_is_good_enough_where_whole_te
 def test_a_check_at_start_that_fails_says_what_the_server_said(bad, server, tmp_path, train_file):
     server.fault = lambda number: "400" if number == bad else None
     with pytest.raises(ServerError, match=r"HTTP 400: .*too long for me") as caught:
-        build(parse_recipe(omni_run(tmp_path / "run", train_file, server.url)))
+        setup(parse_recipe(omni_run(tmp_path / "run", train_file, server.url)))
     assert "many_samples" not in str(caught.value)
 
 
 def test_a_server_without_log_probabilities_is_refused_with_its_own_words(server, tmp_path, train_file):
     server.fault = lambda number: "400"
-    objective = {"type": "opd", "estimator": "sampled"}
-    tree = miniature_recipe(tmp_path / "run", train_file, teacher=served(server.url), objective=objective)
-    with pytest.raises(ServerError, match=r"HTTP 400: .*too long for me.*by 'prompt_logprobs'. If it refuses that"):
-        build(parse_recipe(tree))
+    tree = miniature_recipe(tmp_path / "run", train_file, teacher=served(server.url), objective=SAMPLED)
+    with pytest.raises(
+        ServerError, match=r"HTTP 400: .*too long for me.*It was asked for `prompt_logprobs`. If it refuses that"
+    ):
+        setup(parse_recipe(tree))
 
 
 def test_a_server_that_was_changed_is_checked_again_on_resume(server, tmp_path, train_file):
@@ -286,21 +293,22 @@ def test_a_server_that_was_changed_is_checked_again_on_resume(server, tmp_path, 
     inner = server.reply
     server.reply = lambda path, body: inner(path, body | {"n": 1})
     with pytest.raises(ServerError, match="set many_samples: false"):
-        build(parse_recipe(tree | {"resume_from_checkpoint": "latest"}))
+        setup(parse_recipe(tree | {"resume_from_checkpoint": "latest"}))
 
 
 def test_a_run_folder_that_was_moved_keeps_its_account(server, tmp_path, train_file):
     teacher = {"max_requests": 3}
-    build(parse_recipe(omni_run(tmp_path / "one", train_file, server.url, teacher=teacher)))
+    setup(parse_recipe(omni_run(tmp_path / "one", train_file, server.url, teacher=teacher)))
     assert server.requests == 3
     (tmp_path / "one").rename(tmp_path / "two")
     with pytest.raises(ServerError, match="could pass max_requests=3"):
-        build(parse_recipe(omni_run(tmp_path / "two", train_file, server.url, teacher=teacher)))
+        setup(parse_recipe(omni_run(tmp_path / "two", train_file, server.url, teacher=teacher)))
 
 
-def test_a_run_goes_on_without_the_chunks_it_lost(server, tmp_path, train_file):
+def test_a_run_goes_on_without_the_chunks_it_lost(server, tmp_path, train_file, monkeypatch):
+    monkeypatch.setattr("oprd.teacher.transport.MAX_LOST_SHARE", 0.5)
     server.fault = lambda number: "empty" if number in {8, 9, 10} else None
-    teacher = {"max_retries": 2, "concurrency": 1, "max_lost_share": 0.5}
+    teacher = {"max_retries": 2, "concurrency": 1}
     run_recipe(parse_recipe(omni_run(tmp_path / "run", train_file, server.url, teacher=teacher)))
     rows = metrics(tmp_path / "run")
     assert sum(row["omni/dropped_chunks/sum"] for row in rows) == 1
@@ -360,7 +368,7 @@ def test_omni_combines_with_another_term_lora_and_several_teachers(server, tmp_p
         tmp_path / "run",
         data,
         teacher={"type": "several", "teachers": teachers},
-        objective={"type": "mixture", "terms": [OMNI, {"type": "opd", "estimator": "sampled"}]},
+        objective=[OMNI, SAMPLED],
         max_steps=2,
     )
     tree["student"] |= {"lora": {"r": 4}}
@@ -372,8 +380,7 @@ def test_omni_combines_with_another_term_lora_and_several_teachers(server, tmp_p
 
 
 def test_a_server_that_continues_and_scores_is_reported_with_all_that_it_was_asked(server, tmp_path, train_file):
-    mixture = {"type": "mixture", "terms": [OMNI, {"type": "opd", "estimator": "sampled"}]}
-    tree = omni_run(tmp_path / "run", train_file, server.url, objective=mixture, max_steps=2)
+    tree = omni_run(tmp_path / "run", train_file, server.url, objective=[OMNI, SAMPLED], max_steps=2)
     run_recipe(parse_recipe(tree))
     rows = metrics(tmp_path / "run")
     checks = 1 + 3
@@ -384,12 +391,13 @@ def test_two_teachers_that_rewrite_are_reported_together(server, tmp_path):
     data = tmp_path / "d.jsonl"
     rows = [{"problem": f"{i}1+2-{i}", "teacher": name} for i, name in enumerate(["near", "far"] * 2, start=1)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    teachers = {name: {"type": "rewrite", "teacher": served(server.url)} for name in ("near", "far")}
+    teachers = {name: served(server.url) for name in ("near", "far")}
     tree = miniature_recipe(
         tmp_path / "run",
         data,
         teacher={"type": "several", "teachers": teachers},
         objective={"type": "nll"},
+        rollout=LENGTHS | {"source": {"type": "rewrite"}},
         max_steps=1,
         prompts_per_step=4,
     )
@@ -424,19 +432,18 @@ def test_smollm2_behind_a_server_teaches_three_steps_on_real_problems(smollm2, d
     sums = [{"problem": f"What is {i} + 2? Be brief.", "answer": str(i + 2)} for i in range(8)]
     easy.write_text("".join(json.dumps(row) + "\n" for row in sums))
     with transformers_serve(smollm2, tmp_path / "log.txt") as url:
-        teacher = served(url, model=str(smollm2), tokenizer=str(smollm2), many_samples=False, request_timeout_s=120.0)
+        teacher = served(url, model=str(smollm2), tokenizer=str(smollm2), many_samples=False, timeout_s=300.0)
         omni = OMNI | {"chunk_tokens": 4, "chunks": 1, "continuations": 2}
-        rewrite = {"type": "rewrite", "teacher": teacher}
-        for name, by, objective, prompts, length in (
-            ("omni", teacher, omni, dapo, 10),
-            ("mpd", rewrite, {"type": "nll"}, easy, 32),
+        for name, source, objective, prompts, length in (
+            ("omni", "student", omni, dapo, 10),
+            ("mpd", "rewrite", {"type": "nll"}, easy, 32),
         ):
             tree = {
                 "student": {"model": str(smollm2), "lora": {"r": 8}},
-                "teacher": by,
+                "teacher": teacher,
                 "objective": objective,
                 "data": {"prompts": str(prompts), "limit": 8},
-                "rollout": {"group_size": 1, "max_completion_length": length},
+                "rollout": {"group_size": 1, "max_completion_length": length, "source": {"type": source}},
                 "prompts_per_step": 1 if name == "omni" else 4,
                 "max_steps": 3,
                 "learning_rate": 1e-4,

@@ -1,6 +1,7 @@
-"""Teachers see their own prompt; completions are paired by position."""
+"""Teachers in this process see their own prompt; completions are compared position by position."""
 
 import json
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -10,41 +11,54 @@ from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 
 import oprd
 from conftest import MODELS, load_miniature, miniature_recipe
-from oprd.config.reading import parse_recipe
-from oprd.data.collate import collate
+from oprd.clock import Clock
+from oprd.data.batching import collate
+from oprd.data.chat import render
 from oprd.errors import DataError, TeacherMismatch
-from oprd.models import check_same_tokens, read_states
-from oprd.teacher.local import LocalTeacher
-from oprd.train.build import build
-from oprd.train.log import Clock
+from oprd.models.language_model import FrozenModel, LanguageModel
+from oprd.models.loading import ModelFacts, tokenizer_difference
+from oprd.recipe import parse_recipe
+from oprd.teacher import LocalTeacherConfig
+from oprd.teacher.base import GenerationRequest, TeacherFacts
+from oprd.teacher.local import LOCAL, LocalTeacher
 from oprd.train.run import run_recipe
-from oprd.train.update import update_step
-from oprd.types import Message, Prompt, Reading, Rollouts, TokenSelection
+from oprd.train.setup import setup
+from oprd.types import ALL_TOKENS, HiddenSpec, Message, Prompt, Rollouts, Taps
 
-READING = Reading(block=4, at="completion", tokens=TokenSelection(keep="all"))
+CPU = torch.device("cpu")
+SPEC = HiddenSpec(block=4, at="token", tokens=ALL_TOKENS)
+TAPS = Taps(hidden=(SPEC,))
+SELF = {"type": "self", "prompt_template": "{problem}="}
 
 
-def rollouts(lm, teacher: str | None = None) -> Rollouts:
+def rollouts(lm: LanguageModel, teacher: str | None = None) -> Rollouts:
+    turns = [(Message(role="user", content=text),) for text in ("12+34-5", "1+2")]
     prompts = tuple(
         Prompt(
-            row=i,
-            messages=(Message(role="user", content=text),),
-            token_ids=tuple(lm.tokenizer(text)["input_ids"]),
-            teacher=teacher,
-            columns={"problem": text, "solution": "41"},
+            row=i, messages=messages, token_ids=render(lm.tokenizer, messages), teacher=teacher,
+            teacher_messages=messages, teacher_token_ids=render(lm.tokenizer, messages),
+            columns={"problem": messages[0].content, "solution": "41"},
         )
-        for i, text in enumerate(["12+34-5", "1+2"])
-    )
+        for i, messages in enumerate(turns)
+    )  # fmt: skip
     ids = tuple(tuple(lm.tokenizer(text)["input_ids"]) for text in ["12+34=46", "3"])
     return Rollouts(prompts=prompts, completion_ids=ids, finished=(True, True))
 
 
+def states(teacher, given: Rollouts) -> torch.Tensor:
+    return teacher.targets(given, TAPS).teacher.hidden[SPEC]
+
+
+def facts(context: int = 256) -> TeacherFacts:
+    model = replace(ModelFacts.read(str(MODELS / "teacher")), context=context)
+    return TeacherFacts(provides=LOCAL, why_not={}, model=model)
+
+
 def test_a_teacher_with_another_prompt_reads_the_same_completions_behind_it(teacher_lm):
     given = rollouts(teacher_lm)
-    teacher = LocalTeacher(
-        teacher_lm, context=256, system_prompt="Be right.", prompt_template="{problem} is {solution}"
-    )
-    got = teacher.targets(given, [READING], head=False).hidden[READING]
+    config = LocalTeacherConfig(model="m", system_prompt="Be right.", prompt_template="{problem} is {solution}")
+    given = replace(given, prompts=tuple(config.render(prompt, facts()) for prompt in given.prompts))
+    got = states(LocalTeacher(FrozenModel(teacher_lm), context=256), given)
     prompts = [
         teacher_lm.tokenizer.apply_chat_template(
             [{"role": "system", "content": "Be right."}, {"role": "user", "content": f"{text} is 41"}],
@@ -64,44 +78,56 @@ def test_a_teacher_with_another_prompt_reads_the_same_completions_behind_it(teac
 
 def test_targets_never_carry_gradient(teacher_lm):
     teacher_lm.model.requires_grad_(True)
-    targets = LocalTeacher(teacher_lm, context=256).targets(rollouts(teacher_lm), [READING], head=True)
-    assert not targets.hidden[READING].requires_grad
+    assert not states(LocalTeacher(FrozenModel(teacher_lm), context=256), rollouts(teacher_lm)).requires_grad
 
 
 def test_a_template_column_that_is_missing_and_a_prompt_too_long_are_refused_before_training(teacher_lm):
+    prompt = rollouts(teacher_lm).prompts[0]
     with pytest.raises(DataError, match=r"asks for \{proof\}, the dataset has problem, solution"):
-        LocalTeacher(teacher_lm, context=256, prompt_template="{proof}").check_prompts(rollouts(teacher_lm).prompts)
-    with pytest.raises(DataError, match="row 0: the teacher's prompt has"):
-        LocalTeacher(teacher_lm, context=8).check_prompts(rollouts(teacher_lm).prompts)
+        LocalTeacherConfig(model="m", prompt_template="{proof}").render(prompt, facts())
+    with pytest.raises(DataError, match=r"row 0: the teacher's prompt has \d+ tokens, its context is 8"):
+        LocalTeacherConfig(model="m").render(prompt, facts(context=8))
 
 
-def test_a_full_weight_self_teacher_is_a_frozen_copy_of_the_start(tmp_path, train_file):
-    tree = miniature_recipe(tmp_path / "run", train_file, teacher={"type": "self", "prompt_template": "{problem}="})
-    run = build(parse_recipe(tree))
-    before = run.teacher.targets(rollouts(run.lm), [READING], head=False).hidden[READING]
+def test_a_request_that_leaves_no_room_for_its_answer_is_not_answered(teacher_lm):
+    question = GenerationRequest(
+        messages=(Message(role="user", content="12+34-5"),), max_new_tokens=20, temperature=1.0, samples=2
+    )
+    teacher = LocalTeacher(FrozenModel(teacher_lm), context=40)
+    ((answer, begun, lost),) = teacher.generate(
+        [[question, replace(question, prefix="12+34=46\n"), replace(question, max_new_tokens=40)]]
+    )
+    assert len(answer.texts) == len(begun.texts) == 2
+    assert answer.texts[0].startswith("12+34=")
+    assert begun.texts[0].startswith("46-5=")
+    assert lost is None
+    assert teacher.generate([[question]]) == teacher.generate([[question]])
+
+
+def test_a_full_weight_self_teacher_is_a_frozen_copy_of_the_initial_student(tmp_path, train_file):
+    method = setup(parse_recipe(miniature_recipe(tmp_path / "run", train_file, teacher=SELF))).method
+    lm = method.student.lm
+    before = states(method.teacher, rollouts(lm))
     with torch.no_grad():
-        for parameter in run.lm.model.parameters():
+        for parameter in lm.model.parameters():
             parameter.add_(0.1)
-    after = run.teacher.targets(rollouts(run.lm), [READING], head=False).hidden[READING]
-    assert torch.equal(before, after)
+    assert torch.equal(states(method.teacher, rollouts(lm)), before)
 
 
 def test_a_lora_self_teacher_is_the_student_with_its_adapter_off(tmp_path, train_file):
-    tree = miniature_recipe(tmp_path / "run", train_file, teacher={"type": "self", "prompt_template": "{problem}="})
-    tree["student"] |= {"lora": {"r": 4}}
-    run = build(parse_recipe(tree))
-    before = run.teacher.targets(rollouts(run.lm), [READING], head=False).hidden[READING]
+    student = {"model": str(MODELS / "base"), "lora": {"r": 4}}
+    method = setup(parse_recipe(miniature_recipe(tmp_path / "run", train_file, teacher=SELF, student=student))).method
+    lm = method.student.lm
+    before = states(method.teacher, rollouts(lm))
     with torch.no_grad():
-        for parameter in run.lm.model.parameters():
+        for parameter in lm.model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1)
-    after = run.teacher.targets(rollouts(run.lm), [READING], head=False).hidden[READING]
-    assert torch.equal(before, after)
-    batch = collate([[1, 2]], [[3, 4]], pad_id=0, device=torch.device("cpu"))
-    changed = read_states(run.lm, batch, [READING], head=False).hidden[READING]
-    base = load_miniature("base")
-    start = read_states(base, batch, [READING], head=False).hidden[READING]
-    assert float((changed - start).detach().abs().max()) > 0.1
+    assert torch.equal(states(method.teacher, rollouts(lm)), before)
+    batch = collate([[1, 2]], [[3, 4]], pad_id=0, device=CPU)
+    changed = method.student.hidden(batch, TAPS).hidden[SPEC]
+    start = FrozenModel(load_miniature("base")).hidden(batch, TAPS).hidden[SPEC]
+    assert float((changed - start).abs().max()) > 0.1
 
 
 def test_each_prompt_is_answered_by_the_teacher_it_names(tmp_path):
@@ -113,16 +139,15 @@ def test_each_prompt_is_answered_by_the_teacher_it_names(tmp_path):
         "bad": {"type": "local", "model": str(MODELS / "base"), "dtype": "float32"},
     }
     tree = miniature_recipe(tmp_path / "run", data, teacher={"type": "several", "teachers": teachers}, max_steps=1)
-    run = build(parse_recipe(tree))
+    teacher = setup(parse_recipe(tree)).method.teacher
     for name in ("good", "bad"):
         lm = load_miniature("teacher" if name == "good" else "base")
         one = rollouts(lm, teacher=name)
-        expected = LocalTeacher(lm, context=256).targets(one, [READING], head=False).hidden[READING]
-        assert_close(run.teacher.targets(one, [READING], head=False).hidden[READING], expected)
-    run_recipe(parse_recipe(tree | {"output_dir": str(tmp_path / "second")}))
+        assert_close(states(teacher, one), states(LocalTeacher(FrozenModel(lm), context=256), one))
+    run_recipe(parse_recipe(tree))
     data.write_text(json.dumps({"problem": "1+2", "teacher": "other"}) + "\n")
     with pytest.raises(DataError, match="column 'teacher' is 'other', allowed: good, bad"):
-        build(parse_recipe(tree))
+        setup(parse_recipe(tree | {"output_dir": str(tmp_path / "second")}))
 
 
 def test_models_and_datasets_can_be_objects(tmp_path):
@@ -131,9 +156,9 @@ def test_models_and_datasets_can_be_objects(tmp_path):
     done = oprd.distill(
         student=base.model,
         teacher=teacher.model,
-        tokenizer=base.tokenizer,
+        given=oprd.Given(tokenizer=base.tokenizer),
         prompts=datasets.Dataset.from_list([{"problem": f"{i}+2"} for i in range(4)]),
-        objective=oprd.HiddenMSE(tokens="all"),
+        objective=oprd.OPRD(tokens="all"),
         rollout=oprd.RolloutConfig(max_completion_length=16),
         output_dir=tmp_path / "run",
         max_steps=1,
@@ -147,22 +172,25 @@ def test_models_and_datasets_can_be_objects(tmp_path):
 
 def test_a_teacher_of_another_shape_is_refused_naming_the_bridge(tmp_path, train_file):
     config = AutoConfig.from_pretrained(MODELS / "teacher").to_dict()
-    Qwen3ForCausalLM(Qwen3Config(**config | {"num_hidden_layers": 2, "layer_types": None})).save_pretrained(
-        tmp_path / "small"
-    )
+    small = Qwen3ForCausalLM(Qwen3Config(**config | {"num_hidden_layers": 2, "layer_types": None}))
+    small.save_pretrained(tmp_path / "small")
     load_miniature("teacher").tokenizer.save_pretrained(tmp_path / "small")
     tree = miniature_recipe(tmp_path / "run", train_file, teacher={"type": "local", "model": str(tmp_path / "small")})
-    with pytest.raises(TeacherMismatch, match=r"4 blocks of width 128, teacher .* has 2 of width 128.*OPRD-Bridge"):
-        build(parse_recipe(tree))
-    build(parse_recipe(tree | {"objective": {"type": "opd"}}))
+    with pytest.raises(TeacherMismatch, match=r"4 blocks of width 128, teacher .* has 2 of width 128.*'oprd_bridge'"):
+        setup(parse_recipe(tree))
+    setup(parse_recipe(tree | {"objective": {"type": "opd"}}))
 
 
-def test_another_vocabulary_is_refused_by_content_not_by_size(tmp_path):
+def test_another_vocabulary_is_refused_by_content_not_by_size(tmp_path, train_file):
     ours, theirs = load_miniature("base").tokenizer, load_miniature("teacher").tokenizer
-    check_same_tokens(ours, theirs, "equal")
+    assert tokenizer_difference(ours, theirs) is None
     theirs.add_tokens(["<|tool|>"])
-    with pytest.raises(TeacherMismatch, match=r"another vocabulary: 1 entries differ, the first \('<\|tool\|>', 262\)"):
-        check_same_tokens(ours, theirs, "other")
+    assert tokenizer_difference(ours, theirs) == "another vocabulary: 1 entries differ, the first ('<|tool|>', 262)"
+    load_miniature("teacher").model.save_pretrained(tmp_path / "other")
+    theirs.save_pretrained(tmp_path / "other")
+    tree = miniature_recipe(tmp_path / "run", train_file, teacher={"type": "local", "model": str(tmp_path / "other")})
+    with pytest.raises(TeacherMismatch, match=r"needs the student's tokenizer \(teacher .* has another vocabulary: 1 "):
+        setup(parse_recipe(tree))
 
 
 @pytest.mark.parametrize(("health_tokens", "kept"), [(0, False), (16, True)])
@@ -172,9 +200,8 @@ def test_an_untied_head_of_the_teacher_is_kept_only_when_something_reads_it(heal
     Qwen3ForCausalLM(Qwen3Config(**shape)).save_pretrained(tmp_path / "untied")
     lm.tokenizer.save_pretrained(tmp_path / "untied")
     teacher = {"type": "local", "model": str(tmp_path / "untied"), "dtype": "float32"}
-    run = build(
-        parse_recipe(miniature_recipe(tmp_path / "run", train_file, teacher=teacher, health_tokens=health_tokens))
-    )
-    names = dict(run.teacher.lm.model.named_parameters())
-    assert ("lm_head.weight" in names) == kept
-    assert update_step(run, rollouts(run.lm), Clock(torch.device("cpu"))).finite
+    tree = miniature_recipe(tmp_path / "run", train_file, teacher=teacher, health_tokens=health_tokens)
+    method = setup(parse_recipe(tree)).method
+    assert isinstance(method.teacher, LocalTeacher)
+    assert ("lm_head.weight" in dict(method.teacher.model.lm.model.named_parameters())) == kept
+    assert method.update(rollouts(method.student.lm), 1, Clock(CPU)).finite

@@ -4,18 +4,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from conftest import load_miniature, miniature_recipe
-from oprd.config.reading import parse_recipe
+from conftest import miniature_recipe
 from oprd.errors import ServerError
-from oprd.teacher.client import Client
-from oprd.teacher.server import ServerWriter
-from oprd.teacher.writer import Ask
-from oprd.train.build import build
+from oprd.recipe import parse_recipe
+from oprd.teacher.base import GenerationRequest
+from oprd.teacher.server import ServerTeacherConfig
 from oprd.train.run import run_recipe
-from oprd.types import Message, Reading, SampledTargets, TokenSelection, TopKTargets
-from serving import TEACHER, given_rollouts, metrics, served, vllm_serve
+from oprd.train.setup import setup
+from oprd.types import ALL_TOKENS, HiddenSpec, Message, Taps
+from serving import TEACHER, connect, given_rollouts, metrics, served, vllm_serve
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+SLOW = {"timeout_s": 120.0}  # the first log-probabilities take vLLM 20 s on one core
 
 
 @pytest.fixture(scope="module")
@@ -24,61 +24,41 @@ def url(tmp_path_factory):
         yield url
 
 
-SLOW = {"request_timeout_s": 120.0}  # the first log-probabilities take vLLM 20 s on one core
-
-
-@pytest.mark.parametrize("form", ["prompt_logprobs", "echo"])
-def test_served_and_local_targets_agree_to_a_thousandth(form, url, tmp_path, train_file):
-    objective = {
-        "type": "mixture",
-        "terms": [
-            {"type": "opd", "estimator": "sampled"},
-            {"type": "opd", "estimator": "top_k", "top_k": 16, "support": "teacher"},
-        ],
-    }
-    tree = miniature_recipe(
-        tmp_path / "run", train_file, teacher=served(url, logprobs=form) | SLOW, objective=objective
-    )
-    run = build(parse_recipe(tree))
-    local = build(parse_recipe(miniature_recipe(tmp_path / "local", train_file, objective=objective)))
-    rollouts = given_rollouts(run.lm)
-    targets = run.teacher.targets(run.teacher.prepare(rollouts), run.stage.distill.readings, head=True)
-    sampled = next(part for part in targets.parts if isinstance(part, SampledTargets))
-    top = next(part for part in targets.parts if isinstance(part, TopKTargets))
-    reading = Reading(block=4, at="prediction", tokens=TokenSelection(keep="all"))
-    hidden = local.teacher.targets(rollouts, [reading], head=True)
-    log_q = (hidden.hidden[reading] @ hidden.head.weight.T).log_softmax(-1)
+def test_served_and_local_targets_agree_to_a_thousandth(url, tmp_path, train_file):
+    config = ServerTeacherConfig(**served(url) | SLOW)
+    teacher = connect(config, tmp_path / "run", logprobs=True, top_k=16)
+    local = setup(parse_recipe(miniature_recipe(tmp_path / "local", train_file, objective={"type": "opd"}))).method
+    rollouts = given_rollouts(local.student.lm.tokenizer)
+    served_targets = teacher.targets(teacher.annotate(rollouts), Taps()).logprobs
+    spec = HiddenSpec(block="last", at="predicting", tokens=ALL_TOKENS)
+    tapped = local.teacher.targets(rollouts, Taps(hidden=(spec,), head=True)).teacher
+    log_q = (tapped.hidden[spec] @ tapped.head.weight.T).log_softmax(-1)
     ids = torch.tensor([i for row in rollouts.completion_ids for i in row])
-    assert_close(sampled.logprobs, log_q.gather(-1, ids[:, None])[:, 0], atol=1e-3, rtol=0)
-    assert_close(top.logprobs, log_q.topk(16).values, atol=1e-3, rtol=0)
+    assert_close(served_targets.sampled, log_q.gather(-1, ids[:, None])[:, 0], atol=1e-3, rtol=0)
+    assert_close(served_targets.top_logprobs, log_q.topk(16).values, atol=1e-3, rtol=0)
 
 
 def test_more_log_probabilities_than_the_server_gives_are_refused_at_start(url, tmp_path, train_file):
-    objective = {"type": "opd", "estimator": "top_k", "top_k": 21, "support": "teacher"}
+    objective = {"type": "opd_top_k", "k": 21, "support": "teacher"}
     tree = miniature_recipe(tmp_path / "run", train_file, teacher=served(url) | SLOW, objective=objective)
     with pytest.raises(ServerError, match="greater than max allowed: 20"):
-        build(parse_recipe(tree))
+        setup(parse_recipe(tree))
 
 
 @pytest.mark.parametrize("continuation", ["completions", "continue_final_message"])
-def test_a_begun_answer_is_continued(continuation, url, tmp_path):
-    config = parse_recipe(
-        miniature_recipe(
-            tmp_path, tmp_path, teacher=served(url, continuation=continuation) | SLOW, objective={"type": "omni_opd"}
-        )
-    ).teacher
-    client = Client(config, cache=tmp_path / "c.sqlite", run="r")
-    writer = ServerWriter(config, client, load_miniature("teacher").tokenizer)
-    question = Ask(
+def test_a_completion_that_was_begun_is_continued(continuation, url, tmp_path):
+    config = ServerTeacherConfig(**served(url, continuation=continuation) | SLOW)
+    teacher = connect(config, tmp_path, text=True, continues=True)
+    question = GenerationRequest(
         messages=(Message(role="user", content="12+34-5"),),
         prefix="12+34=46\n4",
         samples=3,
-        max_tokens=30,
+        max_new_tokens=30,
         temperature=0.01,
     )
-    (written,) = writer.write([[question]])[0]
-    assert written.texts == ("6-5=41\n\\boxed{41}",) * 3
-    assert writer.tallies()[0].total == 1
+    (generation,) = teacher.generate([[question]])[0]
+    assert generation.texts == ("6-5=41\n\\boxed{41}",) * 3
+    assert teacher.metrics()[0].sum == 1
 
 
 def test_omni_learns_from_vllm(url, tmp_path, train_file):

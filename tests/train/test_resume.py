@@ -1,6 +1,5 @@
 """Nothing is lost: a run that was stopped, killed or interrupted goes on as if it had not been."""
 
-import json
 import os
 import shutil
 import signal
@@ -10,49 +9,20 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file
 
 from conftest import miniature_recipe
-from oprd.config.reading import parse_recipe
 from oprd.errors import Interrupted, RunFolderError
-from oprd.train import checkpoint
+from oprd.recipe import parse_recipe
+from oprd.train import checkpoint, loop
 from oprd.train.checkpoint import load_weights
 from oprd.train.run import run_recipe
-
-MACHINE = ("time/", "memory/", "training_seconds/")
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    """Every step's line without what depends on the machine."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(MACHINE)} for row in rows]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "student" / "model.safetensors")
-
-
-def assert_equal_runs(one: Path, other: Path) -> None:
-    assert metrics(one) == metrics(other)
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert torch.equal(value, theirs[name]), name
-    assert evaluations(one) == evaluations(other)
-
-
-def evaluations(folder: Path) -> list[dict[str, float]]:
-    """Every evaluation without what depends on the machine."""
-    file = folder / "evaluations.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return [{k: v for k, v in row.items() if k != "training_seconds"} for row in rows]
+from train.runs import assert_equal_runs, metrics
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory, train_file, held_out_file):
-    """A recipe with evaluations on the way, dropout-free, and the uninterrupted run of it."""
+    """A recipe with evaluations on the way, and the uninterrupted run of it."""
     out = tmp_path_factory.mktemp("whole") / "run"
     evaluation = {"benchmarks": [str(held_out_file)], "samples": 2, "max_completion_length": 48}
     tree = miniature_recipe(out, train_file, max_steps=6, eval_steps=2, evaluation=evaluation)
@@ -61,13 +31,11 @@ def tree(tmp_path_factory, train_file, held_out_file):
 
 
 def test_a_run_interrupted_after_a_step_and_resumed_equals_the_uninterrupted_run(tree, tmp_path, monkeypatch):
-    from oprd.train import loop
-
     recipe = tree | {"output_dir": str(tmp_path / "run")}
     real_step = loop._step
 
-    def step_and_interrupt(run, progress, *rest):
-        real_step(run, progress, *rest)
+    def step_and_interrupt(parts, progress, *rest):
+        real_step(parts, progress, *rest)
         if progress.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -90,85 +58,83 @@ def test_a_run_resumed_from_an_earlier_checkpoint_forgets_what_came_after(tree, 
     assert_equal_runs(Path(tree["output_dir"]), tmp_path / "run")
 
 
+KILLED_INSIDE_A_CHECKPOINT = """
+import os, signal, sys, torch
+from oprd.train import checkpoint
+real, calls = checkpoint.write_atomically, []
+def write(path, text):
+    calls.append(path)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(path, text)
+checkpoint.write_atomically = write
+torch.set_num_threads(1)
+from oprd.recipe import load_recipe
+from oprd.train.run import run_recipe
+run_recipe(load_recipe(sys.argv[1]))
+"""
+
+
 @pytest.mark.slow
 def test_kill_9_while_a_checkpoint_is_being_written_loses_nothing(tree, tmp_path):
-    """The process kills itself inside the second checkpoint, when its shards are written but not renamed."""
+    """The process kills itself in its second checkpoint, when the shards are written but not renamed."""
     recipe = tree | {"output_dir": str(tmp_path / "run"), "resume_from_checkpoint": "latest"}
+    recipe |= {"evaluation": {}, "eval_steps": None}  # which changes nothing in what is trained
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    suicide = (
-        "import os, signal, sys, torch\n"
-        "from oprd.train import checkpoint\n"
-        "real, calls = checkpoint.write_atomically, []\n"
-        "def write(path, text):\n"
-        "    calls.append(path)\n"
-        "    if len(calls) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    real(path, text)\n"
-        "checkpoint.write_atomically = write\n"
-        "torch.set_num_threads(1)\n"
-        "from oprd.config.reading import load_recipe\n"
-        "from oprd.train.run import run_recipe\n"
-        f"run_recipe(load_recipe({str(tmp_path / 'recipe.yaml')!r}))\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", suicide], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", KILLED_INSIDE_A_CHECKPOINT, str(tmp_path / "recipe.yaml")]
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert left == [".step-000004.tmp", "step-000002"]
     run_recipe(parse_recipe(recipe))
-    assert_equal_runs(Path(tree["output_dir"]), tmp_path / "run")
+    assert_equal_runs(Path(tree["output_dir"]), tmp_path / "run", evaluated=False)
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
 @pytest.mark.slow
 def test_ctrl_c_on_the_command_line_leaves_a_run_that_resumes(tree, tmp_path):
-    recipe = tree | {"output_dir": str(tmp_path / "run"), "max_steps": 400, "save_steps": 1000, "evaluation": {}}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    recipe = tree | {"output_dir": str(tmp_path / "run"), "max_steps": 4000, "save_steps": 10_000, "eval_steps": None}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"evaluation": {}}))
     command = [sys.executable, "-m", "oprd", "train", str(tmp_path / "recipe.yaml")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "samples.jsonl").exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=120)
-    assert process.returncode == 130, told
-    assert "resume_from_checkpoint=latest" in told
-    assert "Traceback" not in told
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 300
+            while not (tmp_path / "run" / "samples.jsonl").exists():
+                assert process.poll() is None, process.stderr.read()
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            _, message = process.communicate(timeout=200)
+        finally:
+            process.kill()
+    assert process.returncode == 130, message
+    assert "resume_from_checkpoint=latest" in message
+    assert "Traceback" not in message
     (saved,) = checkpoint.complete_checkpoints(tmp_path / "run" / "checkpoints")
     assert int(saved.name[5:]) == len(metrics(tmp_path / "run"))
 
 
-def test_a_checkpoint_holds_what_an_earlier_stage_trained_and_this_one_does_not(tmp_path, train_file):
-    stages = [
-        {"objective": {"type": "oprd", "tokens": "all"}, "max_steps": 2},
-        {"objective": {"type": "oprd", "tokens": "all", "layers": [2]}, "max_steps": 2},
-    ]
-    tree = miniature_recipe(tmp_path / "whole", train_file, stages=stages)
-    tree = {key: value for key, value in tree.items() if key not in ("objective", "max_steps")} | {"save_steps": 1}
-    tree |= {"save_total_limit": 4}
+def test_a_checkpoint_holds_what_is_trained_and_resumes_exactly(tmp_path, train_file):
+    objective = {"type": "oprd", "tokens": "all", "layers": [2]}
+    tree = miniature_recipe(tmp_path / "whole", train_file, objective=objective, save_steps=1, max_steps=2)
     run_recipe(parse_recipe(tree))
-    before = metrics(tmp_path / "whole")
-    final = weights(tmp_path / "whole")
-    checkpoint = tmp_path / "whole" / "checkpoints" / "step-000003"
-    early = checkpoint.with_name("step-000001")
-    assert load_weights(early).keys() == load_weights(checkpoint).keys()
-    (tmp_path / "whole" / "result.json").unlink()
-    run_recipe(parse_recipe(tree | {"resume_from_checkpoint": str(checkpoint)}))
-    assert metrics(tmp_path / "whole") == before
-    for name, value in weights(tmp_path / "whole").items():
-        assert torch.equal(value, final[name]), name
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    first = tmp_path / "run" / "checkpoints" / "step-000001"
+    stored = load_weights(first)
+    assert {name.split(".")[2] for name in stored if name.startswith("model.layers.")} == {"0", "1"}
+    assert "model.norm.weight" not in stored
+    run_recipe(parse_recipe(tree | {"output_dir": str(tmp_path / "run"), "resume_from_checkpoint": str(first)}))
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
 
 
 def test_an_incomplete_checkpoint_is_never_picked_up(tmp_path):
     folder = tmp_path / "checkpoints"
+    assert checkpoint.find_checkpoint(folder, "latest") is None  # the run starts at the first step
     (folder / "step-000002").mkdir(parents=True)
     (folder / ".step-000009.tmp").mkdir()
     (folder / ".step-000009.tmp" / "state.json").write_text("{}")
     assert checkpoint.find_checkpoint(folder, "latest") == folder / "step-000002"
-
-
-def test_latest_without_a_checkpoint_starts_at_the_first_step(tmp_path):
-    assert checkpoint.find_checkpoint(tmp_path / "checkpoints", "latest") is None
 
 
 def test_resuming_a_finished_run_does_nothing_and_says_the_same(tree):

@@ -1,6 +1,5 @@
-"""Rollout schedules: how long completions may be, how often they and their prompts are used again."""
+"""Rollout schedules: how long completions may be, and how often they are used."""
 
-import json
 import math
 
 import pytest
@@ -8,53 +7,69 @@ import torch
 from torch.testing import assert_close
 
 from conftest import miniature_recipe
-from oprd.config.reading import parse_recipe
-from oprd.config.recipe import RolloutConfig
-from oprd.data.collate import split_by_tokens
+from oprd.data.batching import split_by_tokens
 from oprd.errors import ConfigError, Interrupted
-from oprd.train.build import build
-from oprd.train.log import Clock
-from oprd.train.rollouts import rollouts_of_step, with_logprobs
+from oprd.models.generate import Sampling
+from oprd.recipe import RolloutConfig, parse_recipe
+from oprd.train import loop
 from oprd.train.run import run_recipe
-from oprd.train.update import student_batch, update_step
-from train.test_resume import assert_equal_runs, metrics
-from train.test_update import rollouts_of, weights_after_a_step
+from oprd.train.setup import setup
+from train.runs import (
+    assert_equal_runs,
+    assert_same_weights,
+    metrics,
+    rollouts_of,
+    update,
+    weights,
+    weights_after,
+    write_completions,
+)
 
-SAMPLED = {"type": "opd", "estimator": "sampled"}
+SAMPLED = {"type": "opd_sampled"}
 
 
-def rollout(**options: object) -> RolloutConfig:
+def rollout(**options) -> RolloutConfig:
     base = {"student": {"model": "s"}, "teacher": {"type": "local", "model": "t"}, "data": {"prompts": "p"}}
     return parse_recipe(base | {"output_dir": "o", "rollout": options}).rollout
 
 
 def test_lengths_by_hand():
-    linear = rollout(max_completion_length=100, length_schedule={"type": "linear", "start": 20, "steps": 5})
+    linear = rollout(max_completion_length=100, length_schedule={"from": 20, "steps": 5})
     assert [linear.length_at(step) for step in (1, 2, 3, 4, 5, 6, 99)] == [20, 40, 60, 80, 100, 100, 100]
-    schedule = {"type": "stepwise", "at": [3, 6], "lengths": [10, 30]}
-    stepwise = rollout(max_completion_length=100, length_schedule=schedule)
-    assert [stepwise.length_at(step) for step in (1, 2, 3, 5, 6, 99)] == [10, 10, 30, 30, 100, 100]
     assert rollout(max_completion_length=100).length_at(7) == 100
 
 
 @pytest.mark.parametrize(
-    ("schedule", "told"),
+    ("schedule", "message"),
     [
-        ({"type": "linear", "start": 200, "steps": 5}, "asks for 200 tokens, max_completion_length is 100"),
-        ({"type": "stepwise", "at": [3], "lengths": [10, 30]}, "one length for each of its steps"),
-        ({"type": "stepwise", "at": [6, 3], "lengths": [10, 30]}, "the steps rising"),
-        ({"type": "cosine"}, "unknown type 'cosine'"),
+        ({"from": 200, "steps": 5}, "asks for 200 tokens, max_completion_length is 100"),
+        ({"from": 0, "steps": 5}, "asks for 0 tokens, max_completion_length is 100"),
+        ({"from": 20, "steps": 1}, r"length_schedule\.steps: should be greater than 1, got 1"),
+        (
+            {"from": 20, "steps": 5, "lengths": [10, 30]},
+            r"length_schedule\.lengths: unknown key of an earlier version: length_schedule is linear: \{from: 64",
+        ),
     ],
 )
-def test_a_senseless_schedule_is_refused(schedule, told):
-    with pytest.raises(ConfigError, match=told):
+def test_a_senseless_schedule_is_refused(schedule, message):
+    with pytest.raises(ConfigError, match=message):
         rollout(max_completion_length=100, length_schedule=schedule)
+
+
+@pytest.mark.parametrize("tokens", [{"first": 20}, "all"])
+def test_omni_opd_without_room_for_a_chunk_is_refused(tokens, tmp_path, train_file):
+    tree = miniature_recipe(
+        tmp_path, train_file, objective={"type": "omni_opd", "chunk_tokens": 24, "tokens": tokens},
+        rollout={"max_completion_length": 64, "length_schedule": {"from": 16, "steps": 9}},
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"chunks of 24 tokens, and completions of (16|20) have room for none"):
+        parse_recipe(tree)
 
 
 @pytest.mark.parametrize("objective", [{"type": "oprd", "tokens": "all"}, {"type": "opd"}, SAMPLED])
 def test_a_growing_rollout_trains_on_what_was_sampled(objective, tmp_path, train_file, capsys):
-    options = {"max_completion_length": 48, "length_schedule": {"type": "linear", "start": 6, "steps": 3}}
-    tree = miniature_recipe(tmp_path / "run", train_file, objective=objective, max_steps=3, rollout=options)
+    options = {"max_completion_length": 48, "length_schedule": {"from": 6, "steps": 3}}
+    tree = miniature_recipe(tmp_path / "run", train_file, objective=objective, max_steps=2, rollout=options)
     run_recipe(parse_recipe(tree))
     rows = metrics(tmp_path / "run")
     assert rows[0]["rollout/length/mean"] == 6
@@ -65,87 +80,64 @@ def test_a_growing_rollout_trains_on_what_was_sampled(objective, tmp_path, train
 
 
 def test_one_prompt_many_times_gives_many_completions(tmp_path, train_file):
-    tree = miniature_recipe(tmp_path / "run", train_file, max_steps=1, prompts_per_step=8)
-    tree |= {"data": {"prompts": str(train_file), "limit": 1}}
-    run = build(parse_recipe(tree))
-    assert {prompt.row for prompt in run.sampler.batch(0).prompts} == {0}
-    assert len(run.sampler.batch(0).prompts) == 8
-    written, _ = rollouts_of_step(run, 1)
+    tree = miniature_recipe(tmp_path, train_file, prompts_per_step=8, data={"prompts": str(train_file), "limit": 1})
+    parts = setup(parse_recipe(tree))
+    prompts = parts.sampler.batch(0)
+    assert [prompt.row for prompt in prompts] == [0] * 8
+    sampling = Sampling(temperature=1.0, max_new_tokens=48, samples=2)
+    written, _ = parts.method.collect(prompts, sampling, 1)
     assert len(written) == 16
     assert len(set(written.completion_ids)) > 4
 
 
-# Several updates with one rollout
+# Several updates on one rollout
 
 
-def test_the_first_weights_are_one_so_the_first_update_is_the_plain_one(tmp_path, train_file):
-    plain = weights_after_a_step(tmp_path / "a", train_file, SAMPLED)
-    run = build(parse_recipe(miniature_recipe(tmp_path / "b", train_file, objective=SAMPLED, health_tokens=0)))
-    rollouts = rollouts_of(run)
+def test_on_policy_updates_have_importance_weights_of_one(tmp_path, train_file):
+    plain = weights_after(tmp_path, train_file, objective=SAMPLED)
+    parts = setup(parse_recipe(miniature_recipe(tmp_path, train_file, objective=SAMPLED, health_tokens=0)))
     for _ in range(2):
-        # taken again before every update: never stale
-        update_step(run, with_logprobs(run, rollouts), Clock(torch.device("cpu")))
-    for name, value in run.lm.model.state_dict().items():
-        assert float((value - plain[name]).abs().max()) < 1e-5, name
+        update(parts, loop._with_sampling_logprobs(parts, rollouts_of(parts)))
+    assert_same_weights(weights(parts), plain, atol=1e-5)
 
 
-def test_a_stale_update_is_weighted_by_the_probabilities_of_the_first(tmp_path, train_file):
+def test_an_off_policy_update_is_weighted_by_the_probabilities_at_sampling_time(tmp_path, train_file):
     tree = miniature_recipe(tmp_path, train_file, objective=SAMPLED, learning_rate=1e-2, health_tokens=0)
-    run = build(parse_recipe(tree))
-    stale = with_logprobs(run, rollouts_of(run))
-    update_step(run, stale, Clock(torch.device("cpu")))
-    fresh = with_logprobs(run, rollouts_of(run))
-    ratios = [
-        math.exp(now - then)
-        for a, b in zip(fresh.logprobs, stale.logprobs, strict=True)
-        for now, then in zip(a, b, strict=True)
-    ]
-    assert max(ratios) > 2 > 0.9 > min(ratios)
-    (objective,) = run.stage.objectives
-    objective.tallies()
-    plain, weighted = (_values(run, rollouts) for rollouts in (rollouts_of(run), stale))
-    assert_close(weighted, plain * torch.tensor(ratios).clamp(max=2), rtol=1e-4, atol=1e-6)
-    cut = sum(ratio >= 2 for ratio in ratios) / len(ratios)
-    assert [tally.total / tally.of for tally in objective.tallies()] == [pytest.approx(cut)]
+    parts = setup(parse_recipe(tree))
+    sampled = loop._with_sampling_logprobs(parts, rollouts_of(parts))
+    update(parts, sampled)
+    now = loop._with_sampling_logprobs(parts, rollouts_of(parts))
+    logprobs = [torch.tensor([x for row in r.sampling_logprobs for x in row]) for r in (now, sampled)]
+    ratios = (logprobs[0] - logprobs[1]).exp()
+    assert ratios.max() > 2 > 0.9 > ratios.min()
+    (objective,) = parts.method.student.objectives
+    objective.take_metrics()
+    plain, weighted = (_values(parts, rollouts) for rollouts in (rollouts_of(parts), sampled))
+    assert_close(weighted, plain * ratios.clamp(max=2), rtol=1e-4, atol=1e-6)
+    (metric,) = objective.take_metrics()
+    assert metric.name == "train/reverse_kl/clipped/share"
+    assert math.isclose(metric.sum / metric.count, float((ratios >= 2).float().mean()), rel_tol=1e-6)
 
 
-def _values(run, rollouts) -> torch.Tensor:
-    """The objective of every token, of all micro-batches."""
-    found = []
-    for micro in split_by_tokens(rollouts, 10**9):
-        targets = run.teacher.targets(micro, run.stage.distill.teacher_readings, head=True)
-        found.append(run.stage.model.eval()(student_batch(run, micro), targets)[0].detach())
-    return torch.cat(found)
+def _values(parts, rollouts) -> torch.Tensor:
+    """The objective's value at every token."""
+    (micro,) = split_by_tokens(rollouts, 10**9)
+    return parts.method.student.evaluate(parts.method.batch(micro), parts.method.targets(micro))[0]
 
 
 def test_the_datasets_completions_are_neither_generated_nor_weighted(tmp_path, train_file):
-    given = tmp_path / "given.jsonl"
-    rows = [json.loads(line) for line in train_file.read_text().splitlines()]
-    given.write_text("".join(json.dumps(row | {"completion": "1+2=3\n\\boxed{3}"}) + "\n" for row in rows))
-    rollout = {"group_size": 1, "max_completion_length": 60, "lambda_on_policy": 0.0, "updates_per_rollout": 2}
+    given = write_completions(tmp_path / "given.jsonl", train_file)
+    rollout = {"max_completion_length": 60, "source": {"type": "dataset"}, "updates_per_rollout": 2}
     omni = {"type": "omni_opd", "chunks": 1, "chunk_tokens": 4, "continuations": 2}
-    tree = miniature_recipe(tmp_path / "run", given, objective=omni, rollout=rollout, max_steps=1)
-    run_recipe(parse_recipe(tree))
+    run_recipe(parse_recipe(miniature_recipe(tmp_path / "run", given, objective=omni, rollout=rollout, max_steps=1)))
     (row,) = metrics(tmp_path / "run")
     assert row["tokens/generated/sum"] == row["tokens/generated/total"] == 0
     assert row["tokens/supervised/sum"] > 30
     assert "train/omni_opd/clipped/share" not in row
 
 
-@pytest.mark.parametrize("changes", [{"tokens": "first_k", "k": 20}, {}])
-def test_omni_opd_without_room_for_a_chunk_is_refused(changes, tmp_path, train_file):
-    rollout = {"max_completion_length": 64, "length_schedule": {"type": "linear", "start": 16, "steps": 9}}
-    tree = miniature_recipe(
-        tmp_path, train_file, objective={"type": "omni_opd", "chunk_tokens": 24} | changes, rollout=rollout
-    )
-    with pytest.raises(ConfigError, match=r"chunks of 24 tokens.*have (no )?room"):
-        parse_recipe(tree)
-
-
 @pytest.mark.parametrize("objective", [{"type": "oprd", "tokens": "all"}, SAMPLED], ids=["oprd", "sampled"])
 def test_a_step_makes_its_updates_and_resumes_exactly(objective, tmp_path, train_file, monkeypatch):
-    from oprd.train import loop
-
     options = {"group_size": 2, "max_completion_length": 48, "updates_per_rollout": 3}
     tree = miniature_recipe(tmp_path / "whole", train_file, objective=objective, rollout=options, max_steps=3)
     tree |= {"save_steps": 2, "lr_scheduler_type": "linear"}
@@ -156,18 +148,18 @@ def test_a_step_makes_its_updates_and_resumes_exactly(objective, tmp_path, train
     if objective is SAMPLED:  # weights other than one, which they would be were the log-probabilities taken anew
         assert any(row["train/reverse_kl/clipped/share"] > 0 for row in rows)
     # 9 updates in all, three of them a step: the rate falls by a third a step
-    assert [row["train/learning_rate"] for row in rows] == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
+    assert [row["train/learning_rate/last"] for row in rows] == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
     real = loop._save
 
-    def save_and_die(run, progress):
-        real(run, progress)
-        assert {int(state["step"]) for state in run.stage.optimizer.state.values()} == {3 * progress.step}
+    def save_and_stop(parts, progress):
+        real(parts, progress)
+        states = parts.method.student.optimizer.state.values()
+        assert {int(state["step"]) for state in states} == {3 * progress.step}
         raise Interrupted
 
-    monkeypatch.setattr(loop, "_save", save_and_die)
+    monkeypatch.setattr(loop, "_save", save_and_stop)
     with pytest.raises(Interrupted):
         run_recipe(parse_recipe(tree | {"output_dir": str(tmp_path / "run")}))
     monkeypatch.setattr(loop, "_save", real)
     run_recipe(parse_recipe(tree | {"output_dir": str(tmp_path / "run"), "resume_from_checkpoint": "latest"}))
     assert_equal_runs(tmp_path / "whole", tmp_path / "run")
-    assert len(json.loads((tmp_path / "run" / "result.json").read_text())) > 0

@@ -1,1 +1,1 @@
-"""OPRD-Bridge, arXiv 2606.06021: low-rank maps between the hidden states of two models of any kind."""
+"""The bridge of OPRD-Bridge: linear maps between the hidden states of two models of any shape and tokenizer."""

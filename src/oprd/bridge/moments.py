@@ -1,7 +1,6 @@
-"""Sums over paired hidden states: all that a closed-form fit needs of the rows, however many there were."""
+"""Second moments of aligned hidden states, and random features of the teacher's: all that the closed-form fit needs."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -9,12 +8,40 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-@dataclass(kw_only=True)
-class Moments:
-    """Count, sums and sums of outer products of paired rows, in float64.
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """h -> [h, relu(W (h - mean) / scale + b)]: random ReLU features of the teacher's states beside the states.
 
-    Plain sums, so that those of processes and of interrupted fits add up. Their cancellation costs log10(mean^2 / variance)
-    of float64's 16 digits, which leaves ten even for states whose mean is a thousand times their spread.
+    They make the fitted map piecewise linear and leave the fit in closed form. With K = 0 features the map is linear.
+    """
+
+    mean: Float[Tensor, " T"]
+    scale: Float[Tensor, " T"]
+    weight: Float[Tensor, "K T"]
+    bias: Float[Tensor, " K"]
+
+    @classmethod
+    def random(cls, states: Float[Tensor, "N T"], count: int, *, seed: int) -> Self:
+        """`count` features, W and b drawn by `seed`; mean and scale are of `states`, scale 1 where they do not vary."""
+        generator, width = torch.Generator().manual_seed(seed), states.shape[1]
+        weight = torch.randn(count, width, generator=generator) * width**-0.5
+        bias = torch.randn(count, generator=generator) / 2
+        deviation, mean = torch.std_mean(states.float(), 0)
+        scale = torch.where(deviation > 1e-6, deviation, 1.0)
+        return cls(mean=mean, scale=scale, weight=weight.to(mean), bias=bias.to(mean))
+
+    def __call__(self, states: Float[Tensor, "N T"]) -> Float[Tensor, "N F"]:
+        """States and features side by side, F = T + K, in float32."""
+        states = states.float()
+        return torch.cat([states, torch.relu((states - self.mean) / self.scale @ self.weight.T + self.bias)], dim=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Count, sums and sums of outer products of aligned rows, in float64.
+
+    Their cancellation costs log10(mean^2 / variance) of float64's 16 digits: ten are left even for states whose mean is a
+    thousand times their spread.
     """
 
     count: Float[Tensor, ""]
@@ -25,42 +52,21 @@ class Moments:
     teacher_teacher: Float[Tensor, "T T"]
 
     @classmethod
-    def zeros(cls, student_width: int, teacher_width: int, device: torch.device | str = "cpu") -> Self:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
-        return cls(
-            count=zeros(),
-            student=zeros(student_width),
-            teacher=zeros(teacher_width),
-            student_student=zeros(student_width, student_width),
-            student_teacher=zeros(student_width, teacher_width),
-            teacher_teacher=zeros(teacher_width, teacher_width),
-        )
+    def zeros(cls, s: int, t: int, device: torch.device | str = "cpu") -> Self:
+        """Moments of no rows of widths `s` (student) and `t` (teacher)."""
+        shapes = ((), (s,), (t,), (s, s), (s, t), (t, t))
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     @torch.no_grad()
     def add(self, student: Float[Tensor, "N S"], teacher: Float[Tensor, "N T"]) -> None:
-        """Count the rows in and forget them."""
+        """Add rows in place."""
         s, t = student.to(self.student), teacher.to(self.teacher)
-        self.count += len(s)
-        self.student += s.sum(0)
-        self.teacher += t.sum(0)
+        self.count.add_(len(s))
+        self.student.add_(s.sum(0))
+        self.teacher.add_(t.sum(0))
         self.student_student.addmm_(s.T, s)
         self.student_teacher.addmm_(s.T, t)
         self.teacher_teacher.addmm_(t.T, t)
-
-    def of_first(self, width: int) -> Self:
-        """Those of the first `width` columns of the teacher's rows."""
-        return replace(
-            self,
-            teacher=self.teacher[:width],
-            student_teacher=self.student_teacher[:, :width],
-            teacher_teacher=self.teacher_teacher[:width, :width],
-        )
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every sum by its name: what is saved, and what is added up over processes."""
-        return ((field.name, getattr(self, field.name)) for field in fields(self))
 
     @property
     def student_mean(self) -> Float[Tensor, " S"]:
@@ -71,14 +77,9 @@ class Moments:
         return self.teacher / self.count
 
     @property
-    def c_ss(self) -> Float[Tensor, "S S"]:
-        """Covariance of the student's rows, divided by the count."""
-        return self.student_student / self.count - torch.outer(self.student_mean, self.student_mean)
-
-    @property
-    def c_st(self) -> Float[Tensor, "S T"]:
-        return self.student_teacher / self.count - torch.outer(self.student_mean, self.teacher_mean)
-
-    @property
-    def c_tt(self) -> Float[Tensor, "T T"]:
-        return self.teacher_teacher / self.count - torch.outer(self.teacher_mean, self.teacher_mean)
+    def covariances(self) -> tuple[Float[Tensor, "S S"], Float[Tensor, "S T"], Float[Tensor, "T T"]]:
+        """C_SS, C_ST and C_TT, divided by the count."""
+        s, t = self.student_mean, self.teacher_mean
+        pairs = (self.student_student, s, s), (self.student_teacher, s, t), (self.teacher_teacher, t, t)
+        c_ss, c_st, c_tt = (products / self.count - torch.outer(a, b) for products, a, b in pairs)
+        return c_ss, c_st, c_tt

@@ -1,1 +1,1 @@
-"""From files to prompts, from prompts to padded tensors."""
+"""Prompts, chat templates, batches, and the alignment of two tokenizations."""

@@ -1,4 +1,4 @@
-"""Chat templates: a conversation as the tokens one model reads, and the tokens that end its turn."""
+"""Chat templates: a conversation as one model's tokens, and the tokens that end its turn."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,21 +17,17 @@ def fill(template: str, columns: Mapping[str, str], *, key: str = "prompt_templa
 
     Raises DataError for a placeholder that is not a column, naming the recipe's `key` of the template.
     """
-
-    def value(match: re.Match[str]) -> str:
-        if match[1] not in columns:
-            raise DataError(
-                f"{key} asks for {{{match[1]}}}, the dataset has {', '.join(sorted(columns)) or 'no text columns'}"
-            )
-        return columns[match[1]]
-
-    return _PLACEHOLDER.sub(value, template)
+    for name in _PLACEHOLDER.findall(template):
+        if name not in columns:
+            known = ", ".join(sorted(columns)) or "no text columns"
+            raise DataError(f"{key} asks for {{{name}}}, the dataset has {known}")
+    return _PLACEHOLDER.sub(lambda match: columns[match[1]], template)
 
 
 def with_prompt(
     messages: Sequence[Message], columns: Mapping[str, str], system_prompt: str | None, prompt_template: str | None
 ) -> tuple[Message, ...]:
-    """The conversation with its system message and last user message replaced where asked."""
+    """The conversation with its system message and last user message replaced where these are given."""
     turns = list(messages)
     if prompt_template is not None:
         last = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=None)
@@ -45,7 +41,7 @@ def with_prompt(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> tuple[int, ...]:
-    """The text's token ids; `special` adds what the tokenizer puts around plain text (a beginning of text)."""
+    """The text's token ids; `special` adds the special tokens that the tokenizer puts around plain text."""
     return tuple(cast(list[int], tokenizer(text, add_special_tokens=special)["input_ids"]))
 
 
@@ -55,13 +51,12 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special: b
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[int, ...]:
-    """The conversation up to where the assistant starts to write, as token ids.
+    """Token ids of the conversation up to where the assistant starts to write.
 
     Without a chat template (base models) the contents are joined by blank lines and tokenized as plain text.
     """
     if tokenizer.chat_template is None:
-        text = "\n\n".join(turn.content for turn in messages)
-        return encode(tokenizer, text, special=True)
+        return encode(tokenizer, "\n\n".join(turn.content for turn in messages), special=True)
     # the template writes its own special tokens, so none are added a second time
     return encode(tokenizer, _apply_template(tokenizer, messages, add_generation_prompt=True))
 
@@ -69,15 +64,9 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> t
 def stop_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> tuple[int, ...]:
     """Every token that ends the assistant's turn: the generation config's (often several), the tokenizer's
     end-of-text, and the first special token the chat template puts after an assistant message."""
-    found: set[int] = set()
-    if generation is not None and generation.eos_token_id is not None:
-        eos = generation.eos_token_id
-        found.update(eos if isinstance(eos, list) else [eos])
-    if tokenizer.eos_token_id is not None:
-        found.add(cast(int, tokenizer.eos_token_id))
-    after_assistant = _after_assistant(tokenizer)
-    if after_assistant is not None:
-        found.add(after_assistant)
+    eos = None if generation is None else generation.eos_token_id
+    named = (*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, _after_assistant(tokenizer))
+    found = {cast(int, token) for token in named if token is not None}
     if not found:
         raise DataError("the tokenizer and the generation config name no stop token; completions would never end")
     return tuple(sorted(found))

@@ -1,1 +1,1 @@
-"""The embedded miniature: a base model, its teacher and the task they work on."""
+"""A pair of tiny models and a task, embedded in the package."""

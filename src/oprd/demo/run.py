@@ -1,58 +1,43 @@
 """The demo: the embedded miniature, distilled by OPRD and by sampled-token OPD from the same start."""
 
-import json
 import time
 from pathlib import Path
 
-from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from oprd.config.reading import parse_recipe
-from oprd.config.recipe import Recipe
 from oprd.demo.task import sums, write_jsonl
-from oprd.evaluate.command import evaluate_model
-from oprd.evaluate.run import Evaluation, evaluation_from
-from oprd.evaluate.table import evaluation_table
+from oprd.evaluate.benchmarks import EvaluationConfig
+from oprd.evaluate.evaluate import Evaluation, evaluate_model, print_table
+from oprd.files import read_jsonl
+from oprd.progress import console
+from oprd.recipe import Recipe, parse_recipe
 from oprd.train.run import run_recipe
 
 MODELS = Path(__file__).parent / "models"
 TRAINING_PROBLEMS, HELD_OUT_PROBLEMS = 4000, 200
-OBJECTIVES = {
-    # learning rates: the best tried for each objective on this task (benchmarks/results/demo.json) [ours]
-    "opd": ({"type": "opd", "divergence": "reverse_kl", "estimator": "sampled"}, 8e-4),
-    "oprd": ({"type": "oprd", "layers": "all", "tokens": "all"}, 4e-3),
-}
+OBJECTIVES = {"opd": ({"type": "opd_sampled"}, 8e-4), "oprd": ({"type": "oprd", "tokens": "all"}, 4e-3)}
+"""(objective, learning rate): the best rates tried for each on this task (benchmarks/results/demo.json)."""
 
 
-def run_demo(out: Path, *, seed: int = 0) -> dict[str, Evaluation]:
+def run_demo(out: Path, *, seed: int = 0) -> None:
     """Train both students, score all four models, print the table. An interrupted demo goes on where it stopped."""
     start = time.perf_counter()
     disable_progress_bar()  # these models load in an instant
     out.mkdir(parents=True, exist_ok=True)
     train, held_out = out / "train.jsonl", out / "held_out.jsonl"
-    # the two splits are disjoint by construction, whatever the seeds
     write_jsonl(train, sums(TRAINING_PROBLEMS, seed=1, held_out=False))
     write_jsonl(held_out, sums(HELD_OUT_PROBLEMS, seed=2, held_out=True))
-    console = Console(stderr=True)
     console.print("A student of 0.8M parameters adds and subtracts badly; its teacher does it well.", highlight=False)
-    scores = {
-        "student before": _score(MODELS / "base", out / "before", held_out),
-        "teacher": _score(MODELS / "teacher", out / "teacher", held_out),
-    }
-    minutes = {}
+    before = _score(MODELS / "base", out / "before", held_out)
+    teacher = _score(MODELS / "teacher", out / "teacher", held_out)
+    trained = []
     for name in OBJECTIVES:
-        done = run_recipe(demo_recipe(name, out / name, train, held_out, seed=seed))
-        scores[name.upper()] = done.result.evaluations[0]
-        minutes[name.upper()] = done.result.seconds / 60
-    order = ["student before", "OPD", "OPRD", "teacher"]
-    names = [f"{row} ({minutes[row]:.1f} min)" if row in minutes else row for row in order]
-    result = Console()
-    result.print(f"\n{HELD_OUT_PROBLEMS} held-out problems, 4 samples each:")
-    result.print(evaluation_table([scores[row] for row in order], names=names, width=result.width))
+        result = run_recipe(demo_recipe(name, out / name, train, held_out, seed=seed)).result
+        trained.append((f"{name.upper()} ({result.seconds / 60:.1f} min)", result.evaluations[0]))
+    print(f"\n{HELD_OUT_PROBLEMS} held-out problems, 4 samples each:")
+    print_table([("student before", before), *trained, ("teacher", teacher)])
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all")
-    print(f"runs: {', '.join(str(out / name) for name in OBJECTIVES)}")
     print(f"look closer: oprd report {' '.join(str(out / name) for name in OBJECTIVES)}")
-    return scores
 
 
 def demo_recipe(objective: str, output_dir: Path, train: Path, held_out: Path, *, seed: int) -> Recipe:
@@ -82,19 +67,13 @@ def demo_recipe(objective: str, output_dir: Path, train: Path, held_out: Path, *
 
 
 def evaluation_options(held_out: Path) -> dict[str, object]:
-    """avg@4 at temperature 1, as METHODS' numbers for the miniature are taken."""
-    return {
-        "benchmarks": [str(held_out)],
-        "samples": 4,
-        "sampling_temperature": 1.0,
-        "max_completion_length": 80,
-        "max_sequences": 200,
-    }
+    """avg@4 at temperature 1: how every number for the miniature is measured."""
+    return {"benchmarks": [str(held_out)], "samples": 4, "sampling_temperature": 1.0, "max_completion_length": 80}
 
 
 def _score(model: Path, out: Path, held_out: Path) -> Evaluation:
-    """Score a shipped model, or read the score that an interrupted demo left."""
-    known = out / "evaluations.jsonl"
-    if known.is_file():
-        return evaluation_from(json.loads(known.read_text(encoding="utf-8").splitlines()[0]))
-    return evaluate_model(str(model), evaluation_options(held_out), out=out)[0]
+    """The score of a shipped model; an interrupted demo may have left it."""
+    known = read_jsonl(out / "evaluations.jsonl")
+    if known:
+        return Evaluation.from_row(known[0])
+    return evaluate_model(str(model), EvaluationConfig.model_validate(evaluation_options(held_out)), out=out)[0]

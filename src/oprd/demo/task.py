@@ -10,9 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-FEWEST_TERMS, MOST_TERMS, LARGEST_TERM = 3, 5, 99
-_HELD_OUT_ONE_IN = 8
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sum:
@@ -30,8 +27,8 @@ class Sum:
 
     @property
     def held_out(self) -> bool:
-        """Decided by the problem's text alone, so that no choice of seeds makes the two splits overlap."""
-        return zlib.crc32(self.problem.encode()) % _HELD_OUT_ONE_IN == 0
+        """True of one in eight. The split depends on the problem's text alone: the two never overlap, whatever the seeds."""
+        return zlib.crc32(self.problem.encode()) % 8 == 0
 
 
 def sums(count: int, seed: int, *, held_out: bool) -> list[Sum]:
@@ -39,35 +36,31 @@ def sums(count: int, seed: int, *, held_out: bool) -> list[Sum]:
     rng = random.Random(seed)
     found: list[Sum] = []
     while len(found) < count:
-        terms = [rng.randint(1, LARGEST_TERM) for _ in range(rng.randint(FEWEST_TERMS, MOST_TERMS))]
+        terms = [rng.randint(1, 99) for _ in range(rng.randint(3, 5))]
         drawn = Sum(terms=(terms[0], *(term * rng.choice((1, -1)) for term in terms[1:])))
         if drawn.held_out == held_out:
             found.append(drawn)
     return found
 
 
-def completion(problem: Sum) -> str:
-    """The worked answer, every step right."""
-    return _worked(problem, slips={})
+def completion(problem: Sum, *, wrong_step: int | None = None, slip: int = 0) -> str:
+    """The worked answer. One step may be wrong by `slip`; the later ones continue from the wrong total."""
+    total, *others = problem.terms
+    lines = []
+    for step, term in enumerate(others):
+        result = total + term + (slip if step == wrong_step else 0)
+        lines.append(f"{total}{term:+d}={result}")
+        total = result
+    return "\n".join([*lines, f"\\boxed{{{total}}}"])
 
 
 def wrong_completion(problem: Sum, rng: random.Random) -> str:
-    """The worked answer with one slip in a step; the later steps count on from the wrong total."""
+    """The worked answer with one wrong step."""
     step = rng.randrange(len(problem.terms) - 1)
-    return _worked(problem, slips={step: rng.choice((1, 2, 3, 10, 20)) * rng.choice((1, -1))})
+    return completion(problem, wrong_step=step, slip=rng.choice((1, 2, 3, 10, 20)) * rng.choice((1, -1)))
 
 
 def write_jsonl(path: Path, problems: Iterable[Sum]) -> None:
     """One row per problem with the columns `problem` and `answer`."""
-    with path.open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps({"problem": p.problem, "answer": p.answer}) + "\n" for p in problems)
-
-
-def _worked(problem: Sum, slips: dict[int, int]) -> str:
-    total, *others = problem.terms
-    lines = []
-    for step, term in enumerate(others):
-        result = total + term + slips.get(step, 0)
-        lines.append(f"{total}{term:+d}={result}")
-        total = result
-    return "\n".join([*lines, f"\\boxed{{{total}}}"])
+    rows = ({"problem": problem.problem, "answer": problem.answer} for problem in problems)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

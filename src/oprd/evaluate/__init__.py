@@ -1,1 +1,1 @@
-"""Sampling benchmarks, verifying answers, counting."""
+"""Benchmarks: sampling, checking answers, scores."""

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from transformers import PreTrainedTokenizerBase
 
-from oprd.config.recipe import DataConfig, EvaluationConfig
-from oprd.data.prompts import load_prompts
+from oprd.data.prompts import DataConfig, RowsSection, load_prompts
 from oprd.errors import DataError
+from oprd.models.generate import SamplingSection
+from oprd.section import Field, Listed, PositiveInt
 from oprd.types import Prompt
 
 HUB_NAMES = {
@@ -18,12 +20,25 @@ HUB_NAMES = {
     "hmmt25": ("MathArena/hmmt_feb_2025", "train"),
     "math500": ("HuggingFaceH4/MATH-500", "test"),
 }
-"""Where the named benchmarks are when `data_dir` does not hold them."""
+"""(dataset, split) of the named benchmarks."""
+
+
+class EvaluationConfig(RowsSection, SamplingSection):
+    """Benchmarks and how they are sampled."""
+
+    benchmarks: Listed[str] = ()
+    """Names (aime24, aime25, aimo, amc23, hmmt25, math500), Hub names, or paths with columns problem, answer."""
+    samples: PositiveInt = 16
+    """Completions per problem: the k of avg@k."""
+    sampling_temperature: Annotated[float, Field(ge=0, le=10)] = 0.7
+    """0 is greedy."""
+    seed: int = 0
+    """Seed of sampling and of the bootstrap intervals."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """Problems to be solved; every prompt has an answer."""
+    """Problems to solve; every prompt has an answer."""
 
     name: str
     prompts: tuple[Prompt, ...]
@@ -37,23 +52,13 @@ def load_benchmarks(
 
 
 def _load(name: str, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, context: int) -> Benchmark:
-    source, split = _locate(name, config.data_dir)
+    source, split = HUB_NAMES.get(name, (name, "test"))
     data = DataConfig(
-        prompts=source,
-        split=split,
-        limit=config.limit,
-        system_prompt=config.system_prompt,
-        prompt_template=config.prompt_template,
-    )
+        prompts=source, split=split, limit=config.limit,
+        system_prompt=config.system_prompt, prompt_template=config.prompt_template,
+    )  # fmt: skip
     prompts = load_prompts(data, tokenizer, context=context, room=config.max_completion_length)
-    missing = next((prompt for prompt in prompts if prompt.answer is None), None)
-    if missing is not None:
-        raise DataError(f"benchmark {name!r}: row {missing.row} has no column 'answer'")
+    for prompt in prompts:
+        if prompt.answer is None:
+            raise DataError(f"benchmark {name!r}: row {prompt.row} has no column 'answer'")
     return Benchmark(name=Path(name).stem, prompts=prompts)
-
-
-def _locate(name: str, data_dir: str | None) -> tuple[str, str]:
-    """(source, split): a file of `data_dir`, a path, or a Hub dataset."""
-    if data_dir is not None and (Path(data_dir) / f"{name}.jsonl").is_file():
-        return str(Path(data_dir) / f"{name}.jsonl"), "train"
-    return HUB_NAMES.get(name, (name, "test"))

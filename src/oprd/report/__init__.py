@@ -1,1 +1,1 @@
-"""Pages about runs, from their files alone."""
+"""HTML pages about runs, from their files alone."""

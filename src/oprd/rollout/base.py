@@ -1,28 +1,17 @@
-"""What the loop asks of whatever generates text."""
+"""What writes completions."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from oprd.types import PromptBatch, Rollouts
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How tokens are drawn."""
-
-    temperature: float
-    """0 is greedy."""
-    top_p: float
-    max_tokens: int
-    samples: int
-    """Completions per prompt."""
+from oprd.models.generate import Sampling
+from oprd.types import Prompt, Rollouts
 
 
 class RolloutEngine(ABC):
-    """Writes completions with the student's current weights."""
+    """Writes completions with the student's weights."""
 
     @abstractmethod
-    def generate(self, prompts: PromptBatch, sampling: Sampling, *, seed: int) -> Rollouts:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> Rollouts:
         """`sampling.samples` completions of every prompt, prompt by prompt.
 
         The result depends on weights, prompts, sampling and seed alone. A completion that meets the length limit before a

@@ -1,1 +1,12 @@
-"""Teachers: who answers on what the student wrote."""
+"""Teachers: who judges what the student wrote. A new one is registered here."""
+
+from typing import Annotated
+
+from oprd.section import Field
+from oprd.teacher.local import LocalTeacherConfig, SelfTeacherConfig
+from oprd.teacher.server import ServerTeacherConfig
+from oprd.teacher.several import SeveralTeachersConfig
+
+AnyTeacher = Annotated[
+    LocalTeacherConfig | SelfTeacherConfig | ServerTeacherConfig | SeveralTeachersConfig, Field(discriminator="type")
+]

@@ -1,40 +1,159 @@
-"""What the loop asks of a teacher."""
+"""What the step asks of a teacher: targets on the student's completions, and text."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
-from oprd.types import Prompt, Reading, Rollouts, Tally, TeacherTargets
+import torch
+
+from oprd.data.chat import render, with_prompt
+from oprd.errors import DataError
+from oprd.models.language_model import Model
+from oprd.models.loading import ModelFacts
+from oprd.section import OwnPrompt, Section
+from oprd.types import Capability, HiddenSpec, Message, Metric, Prompt, Rollouts, Taps, Targets
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """The assistant's answer to `messages`, of which `prefix` is already written."""
+
+    messages: tuple[Message, ...]
+    prefix: str = ""
+    samples: int = 1
+    max_new_tokens: int
+    """Of each sample, in the teacher's tokens."""
+    temperature: float
+    teacher: str | None = None
+    """Which of several teachers is asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What a teacher wrote behind the prefix. Not finished: cut at `max_new_tokens`. `tokens`: its own, of all samples."""
+
+    texts: tuple[str, ...]
+    finished: tuple[bool, ...]
+    tokens: int
+
+
+Chains = Sequence[Sequence[GenerationRequest]]
+"""Requests by chain: of equal `samples` and with nested prefixes, shortest first, so that a prefix cache serves them."""
+Generations = list[list[Generation | None]]
 
 
 class Teacher(ABC):
     """Answers on rollouts. Never gets gradient."""
 
-    def prepare(self, rollouts: Rollouts) -> Rollouts:
-        """Called once a step with all rollouts of this process, before any targets: returns what will be learned on.
-
-        Local teachers of the student's tokenizer return them as they are. Remote ones send all their requests here and
-        attach the answers; one that rewrites returns other completions.
-        """
+    def annotate(self, rollouts: Rollouts) -> Rollouts:
+        """Called once per step with all rollouts of this rank, before any targets: to align tokens or ask a server."""
         return rollouts
 
-    def tallies(self) -> tuple[Tally, ...]:
-        """What `prepare` has to report in the step's metrics, read once a step; the same names on every process at every
-        step. Equal names are added up."""
-        return ()
-
-    def comparable(self, rollouts: Rollouts, readings: Iterable[Reading]) -> tuple[Reading, ...]:
-        """Those of the student's `readings` that the teacher has too, meaning the same: health numbers compare these."""
-        return ()
+    @abstractmethod
+    def targets(self, rollouts: Rollouts, taps: Taps) -> Targets:
+        """What this teacher says about a micro-batch."""
 
     @abstractmethod
-    def targets(self, rollouts: Rollouts, readings: Iterable[Reading], *, head: bool) -> TeacherTargets:
-        """The teacher's answer on these rollouts, one entry per supervised completion token.
+    def generate(self, chains: Chains) -> Generations:
+        """An answer to every request, None where it was lost. Equal requests of one call are different draws; the same
+        call again gives the same answers. Raises ServerError when nothing more can be had."""
 
-        The teacher may read another prompt than the student; entries are paired by position in the completion.
-        """
+    def comparable(self, rollouts: Rollouts, specs: Sequence[HiddenSpec]) -> tuple[HiddenSpec, ...]:
+        """Those of the student's taps that mean the same in this teacher: diagnostics compare them."""
+        return ()
+
+    def metrics(self) -> tuple[Metric, ...]:
+        """What the step's metrics say of this teacher, read once per step; the same names on every rank."""
+        return ()
 
     def close(self) -> None:  # noqa: B027
-        """Called once when training ends, however it ends: give back what was started."""
+        """Called once when training ends, however it ends."""
 
-    def check_prompts(self, prompts: Iterable[Prompt]) -> None:  # noqa: B027
-        """Called once before training: raise DataError for a prompt this teacher cannot answer."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What the recipe's objectives and source ask of teachers. `continues`: requests with a prefix. `top_k`: 0 or more."""
+
+    taps: Taps
+    text: bool
+    continues: bool
+    logprobs: bool
+    top_k: int
+    diagnostics: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherContext:
+    """What a teacher is built from."""
+
+    student: ModelFacts
+    initial_student: Model
+    """The student before training; usable once the student is loaded."""
+    needs: Needs
+    device: torch.device
+    sharded: bool
+    """The student's weights are sharded over ranks."""
+    rank: int
+    world_size: int
+    seed: int
+    max_sequences: int
+    cache: Path
+    """SQLite file of the run for a server's responses."""
+    prompts: tuple[Prompt, ...] = ()
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """Objects handed over from Python in place of names: `model`, `tokenizer`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherFacts:
+    """What is known of a teacher before it is loaded."""
+
+    provides: frozenset[Capability]
+    why_not: Mapping[Capability, str]
+    """Why it lacks a capability, for the error message."""
+    model: ModelFacts | None
+    """None for a server without a tokenizer, and for several teachers."""
+    members: "Mapping[str, TeacherFacts]" = field(default_factory=dict)
+    """Of several teachers, by name."""
+
+
+class AnyTeacherConfig(Section, ABC):
+    """One teacher or several, in a recipe. `type` tells the classes apart."""
+
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset()
+    """Fields that may differ on resume: none of them changes an answer."""
+    uses_initial_student: ClassVar[bool] = False
+
+    @property
+    def members(self) -> "Mapping[str, AnyTeacherConfig]":
+        """The teachers by name; a single one has the empty name."""
+        return {"": self}
+
+    @abstractmethod
+    def facts(self, context: TeacherContext) -> TeacherFacts:
+        """What can be known before anything is loaded or asked. Raises an OprdError for what is wrong already."""
+
+    @abstractmethod
+    def render(self, prompt: Prompt, facts: TeacherFacts) -> Prompt:
+        """The prompt with the conversation that its teacher sees. Raises DataError for one that no teacher can read."""
+
+    @abstractmethod
+    def build(self, facts: TeacherFacts, context: TeacherContext, name: str = "") -> Teacher:
+        """The teacher, before the student is loaded. A server is asked a little; `name` is its key among several."""
+
+
+class TeacherConfig(OwnPrompt, AnyTeacherConfig):
+    """A single teacher, which may see another prompt than the student."""
+
+    def render(self, prompt: Prompt, facts: TeacherFacts) -> Prompt:
+        """The prompt with this teacher's conversation, in its own template and tokens."""
+        messages = with_prompt(prompt.messages, prompt.columns, self.system_prompt, self.prompt_template)
+        if facts.model is None:
+            return replace(prompt, teacher_messages=messages)
+        ids = render(facts.model.tokenizer, messages)
+        if len(ids) >= (context := facts.model.context):
+            given = f"the teacher's prompt has {len(ids)} tokens, its context is {context}"
+            raise DataError(f"row {prompt.row}: {given}; shorten or drop it")
+        return replace(prompt, teacher_messages=messages, teacher_token_ids=ids)

@@ -1,142 +1,232 @@
-"""A frozen model in this process, read before its LM head."""
+"""Teachers in this process: a frozen model, or the initial student under another prompt. Tapped before the LM head."""
 
-import contextlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Any, final
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import ClassVar, Literal, final
 
 import torch
 
-from oprd.data.align import Aligner
-from oprd.data.chat import render, with_prompt
-from oprd.data.collate import collate
-from oprd.errors import DataError
-from oprd.models import LanguageModel, read_states
+from oprd.data.alignment import Aligner
+from oprd.data.batching import student_batch, teacher_batch
+from oprd.data.chat import decode, encode, end_of_turn, render
+from oprd.errors import ConfigError
+from oprd.losses.chunked import logprobs_of
+from oprd.models.generate import Sampling, generate
+from oprd.models.language_model import Model
+from oprd.models.loading import ModelFacts, load_frozen, missing_in_common
 from oprd.progress import console
-from oprd.teacher.base import Teacher
-from oprd.types import HiddenTargets, MicroBatch, Prompt, Reading, Rollouts, States, Tally
+from oprd.teacher.base import (
+    Chains,
+    Generation,
+    GenerationRequest,
+    Teacher,
+    TeacherConfig,
+    TeacherContext,
+    TeacherFacts,
+)
+from oprd.types import ALL_TOKENS, Capability, HiddenSpec, HiddenStates, LogprobTargets, Metric, Rollouts, Taps, Targets
 
-Read = Callable[..., States]
-"""`read_states` with its model filled in."""
-
-FEW_PAIRED = 0.2
-"""Share of paired positions below which the user is warned, once."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Likeness:
-    """What student and teacher have in common, as the checks before loading found it."""
-
-    shape: bool
-    """Blocks and width."""
-    tokens: bool
-    """Every id means the same to both."""
+LOCAL = frozenset(Capability) - {Capability.ON_POLICY, Capability.TEACHER_TEXT}
+"""All but what sources provide."""
+FEW_ALIGNED = 0.2
+"""Share of aligned tokens below which the user is warned, once."""
 
 
 @final
+@dataclass(eq=False)
 class LocalTeacher(Teacher):
-    """Runs the teacher's blocks on its own prompt and the student's completion.
+    """Runs a model's blocks on the teacher's prompt and the student's completion.
 
-    With `system_prompt` or `prompt_template` the teacher reads another prompt than the student, rendered with its own
-    chat template. With another tokenizer it reads its own tokens of the completion, paired by `aligner`, or under
-    `alignment: shared_ids` the student's ids as they are. `read` and `without_adapter` are given when the teacher is the
-    student itself. `start` is the student as it was before training: it answers the readings at `written`, with its head
-    where heads are asked for.
+    With another tokenizer it reads its own tokens of the completion, aligned with the student's.
     """
 
-    provides = frozenset({HiddenTargets})
+    model: Model
+    _: KW_ONLY
+    context: int
+    """Most tokens of prompt and generation."""
+    same_shape: bool = True
+    aligner: Aligner | None = None
+    max_sequences: int = 64
+    seed: int = 0
+    _aligned: int = field(default=0, init=False)
+    _of: int = field(default=0, init=False)
+    _warned: bool = field(default=False, init=False)
 
-    def __init__(
-        self,
-        lm: LanguageModel,
-        *,
-        context: int,
-        system_prompt: str | None = None,
-        prompt_template: str | None = None,
-        read: Read | None = None,
-        without_adapter: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-        likeness: Likeness = Likeness(shape=True, tokens=True),
-        aligner: Aligner | None = None,
-        start: "LocalTeacher | None" = None,
-    ) -> None:
-        self.lm = lm
-        self._context = context
-        self._system_prompt = system_prompt
-        self._prompt_template = prompt_template
-        self._read = read or (lambda batch, readings, head: read_states(lm, batch, readings, head=head))
-        self._without_adapter = without_adapter
-        self._likeness = likeness
-        self._aligner = aligner
-        self._start = start
-        self._paired, self._of = 0, 0
-        self._warned = False
-
-    def check_prompts(self, prompts: Iterable[Prompt]) -> None:
-        """Raise DataError for a prompt that fills the teacher's context, or lacks a column the template needs."""
-        for prompt in prompts:
-            length = len(self._prompt_ids(prompt))
-            if length >= self._context:
-                raise DataError(
-                    f"row {prompt.row}: the teacher's prompt has {length} tokens, its context is {self._context}; "
-                    "shorten or drop it"
-                )
-
-    def prepare(self, rollouts: Rollouts) -> Rollouts:
-        if self._aligner is None:
+    def annotate(self, rollouts: Rollouts) -> Rollouts:
+        if self.aligner is None:
             return rollouts
-        answers = tuple(
-            self._aligner.pair(ids, finished=finished)
-            for ids, finished in zip(rollouts.completion_ids, rollouts.finished, strict=True)
-        )
-        self._paired, self._of = sum(len(answer.student) for answer in answers), sum(rollouts.lengths)
-        if self._paired < FEW_PAIRED * self._of and not self._warned:
+        together = zip(rollouts.completion_ids, rollouts.finished, strict=True)
+        alignments = tuple(self.aligner.align(ids, finished=finished) for ids, finished in together)
+        self._aligned, self._of = sum(len(one.student_index) for one in alignments), sum(rollouts.lengths)
+        if self._aligned < FEW_ALIGNED * self._of and not self._warned:
             self._warned = True
             console.print(
-                f"[yellow]Only {self._paired / self._of:.0%} of the tokens end where one of teacher {self.lm.name} ends; "
-                "the others are not supervised. A teacher with a closer tokenizer would say more.[/]"
+                f"[yellow]Only {self._aligned / self._of:.0%} of the tokens end where one of teacher {self.model.lm.name} "
+                "ends; the others are not supervised. A teacher with a closer tokenizer would say more.[/]"
             )
-        return replace(rollouts, answers=answers)
+        return replace(rollouts, alignments=alignments)
 
-    def tallies(self) -> tuple[Tally, ...]:
-        if self._aligner is None:
+    def targets(self, rollouts: Rollouts, taps: Taps) -> Targets:
+        if not taps.hidden:
+            return Targets()
+        batch = teacher_batch(rollouts, pad_id=self.model.lm.pad_id, device=self.model.lm.device)
+        if rollouts.alignments is None:
+            return Targets(teacher=self.model.hidden(batch, taps))
+        # where a token is predicted, tokens of two tokenizers do not correspond; their sums over spans do
+        states = tuple(spec for spec in taps.hidden if spec.at == "token")
+        logprobs = self._span_logprobs(rollouts) if len(states) < len(taps.hidden) else None
+        hidden = self.model.hidden(batch, Taps(hidden=states, head=taps.head)) if states else None
+        return Targets(teacher=hidden, logprobs=logprobs)
+
+    def generate(self, chains: Chains) -> list[list[Generation | None]]:
+        """A request that leaves no room for its answer in the context is not answered."""
+        tokenizer, requests = self.model.lm.tokenizer, [request for chain in chains for request in chain]
+        ids = [(*render(tokenizer, r.messages), *encode(tokenizer, r.prefix)) for r in requests]
+        together: dict[Sampling, list[int]] = defaultdict(list)
+        for i, r in enumerate(requests):
+            if len(ids[i]) + r.max_new_tokens <= self.context:
+                sampling = Sampling(temperature=r.temperature, max_new_tokens=r.max_new_tokens, samples=r.samples)
+                together[sampling].append(i)
+        done: dict[int, Generation] = {}
+        for sampling, rows in together.items():
+            n, seed = sampling.samples, request_seed(self.seed, [(requests[i], ids[i]) for i in rows])
+            prompts, at_once = [ids[i] for i in rows], self.max_sequences
+            completions = generate(self.model, prompts, sampling, seed=seed, max_sequences=at_once)
+            done |= {i: self._generation(completions[n * at : n * at + n]) for at, i in enumerate(rows)}
+        answers = iter(done.get(i) for i in range(len(requests)))
+        return [[next(answers) for _ in chain] for chain in chains]
+
+    def comparable(self, rollouts: Rollouts, specs: Sequence[HiddenSpec]) -> tuple[HiddenSpec, ...]:
+        if self.aligner is not None:
             return ()
-        return (Tally(name="teacher/paired/share", total=float(self._paired), of=float(self._of)),)
+        return tuple(spec for spec in specs if self.same_shape or spec.block == "last")
 
-    def comparable(self, rollouts: Rollouts, readings: Iterable[Reading]) -> tuple[Reading, ...]:
-        if not self._likeness.tokens:
+    def metrics(self) -> tuple[Metric, ...]:
+        if self.aligner is None:
             return ()
-        return tuple(reading for reading in readings if self._likeness.shape or reading.block == "last")
+        return (Metric(name="teacher/aligned/share", sum=float(self._aligned), count=float(self._of)),)
 
-    @torch.no_grad()
-    def targets(self, rollouts: Rollouts, readings: Iterable[Reading], *, head: bool) -> HiddenTargets:
-        batch = self._collate(rollouts)
-        own = tuple(reading for reading in readings if reading.at != "written" or self._start is None)
-        before = tuple(reading for reading in readings if reading not in own)
-        training = self.lm.model.training
-        self.lm.model.eval()
-        with self._without_adapter():
-            states = self._read(batch, own, head=head)
-        self.lm.model.train(training)
-        targets = HiddenTargets(hidden=states.hidden, head=states.head, batch=batch)
-        if self._start is None or not before:
-            return targets
-        start = self._start.targets(replace(rollouts, answers=None), before, head=head)
-        return replace(targets, hidden={**states.hidden, **start.hidden}, start_head=start.head)
+    def _span_logprobs(self, rollouts: Rollouts) -> LogprobTargets:
+        """At each aligned token of the student, the teacher's log-probability of the text since the last one."""
+        assert rollouts.alignments is not None
+        # without alignments the batch taps every token
+        ids = tuple(alignment.teacher_ids for alignment in rollouts.alignments)
+        own = Rollouts(prompts=rollouts.prompts, completion_ids=ids, finished=rollouts.finished)
+        batch = teacher_batch(own, pad_id=self.model.lm.pad_id, device=self.model.lm.device)
+        spec = HiddenSpec(block="last", at="predicting", tokens=ALL_TOKENS)
+        states = self.model.hidden(batch, Taps(hidden=(spec,), head=True))
+        assert states.head is not None
+        logprobs = logprobs_of(states.hidden[spec], states.head, batch.sampled_ids(ALL_TOKENS))
+        sampled, first = logprobs.new_zeros(sum(rollouts.lengths)), 0
+        for row, alignment in zip(logprobs.split(own.lengths), rollouts.alignments, strict=True):
+            start = 0
+            for at, end in zip(alignment.student_index, alignment.teacher_index, strict=True):
+                sampled[first + at] = row[start : end + 1].sum()
+                start = end + 1
+            first += alignment.student_length
+        none = sampled.new_zeros(len(sampled), 0)
+        return LogprobTargets(sampled=sampled, top_ids=none.long(), top_logprobs=none)
 
-    def _collate(self, rollouts: Rollouts) -> MicroBatch:
-        pairings = rollouts.pairings
-        return collate(
-            [self._prompt_ids(prompt) for prompt in rollouts.prompts],
-            rollouts.completion_ids if pairings is None else [pairing.teacher_ids for pairing in pairings],
-            pad_id=self.lm.pad_id,
-            device=self.lm.device,
-            places=None
-            if pairings is None
-            else [pairing.of_teacher(length) for pairing, length in zip(pairings, rollouts.lengths, strict=True)],
+    def _generation(self, completions: Sequence[tuple[int, ...]]) -> Generation:
+        lm = self.model.lm
+        return Generation(
+            texts=tuple(decode(lm.tokenizer, ids) for ids in completions),
+            finished=tuple(bool(ids) and ids[-1] in lm.stop_ids for ids in completions),
+            tokens=sum(map(len, completions)),
         )
 
-    def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        if self._aligner is None and not self._likeness.tokens:
-            return prompt.token_ids
-        turns = with_prompt(prompt.messages, prompt.columns, self._system_prompt, self._prompt_template)
-        return render(self.lm.tokenizer, turns)
+
+def request_seed(seed: int, requests: Sequence[tuple[GenerationRequest, tuple[int, ...]]]) -> int:
+    """A seed that follows from the requests, so that a resumed run gets the same answers without any state."""
+    asked = [
+        (tuple((m.role, m.content) for m in r.messages), r.prefix, r.samples, r.max_new_tokens, r.temperature, ids)
+        for r, ids in requests
+    ]
+    return int.from_bytes(hashlib.blake2b(repr((seed, asked)).encode(), digest_size=7).digest(), "big")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The model that hidden states before training are tapped from; it reads the student's prompt and tokens."""
+
+    model: Model
+
+    def states(self, rollouts: Rollouts, taps: Taps) -> HiddenStates | None:
+        """Hidden states at the student's tokens; None if nothing is tapped."""
+        if not taps.hidden:
+            return None
+        batch = student_batch(rollouts, pad_id=self.model.lm.pad_id, device=self.model.lm.device)
+        return self.model.hidden(batch, taps)
+
+
+class LocalTeacherConfig(TeacherConfig):
+    """A frozen model in this process."""
+
+    type: Literal["local"] = "local"
+    model: str
+    """Folder or Hub name."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Precision of its weights and computation."""
+    device: str | None = None
+    """`cuda:1`; None: the student's."""
+    quantization: Literal["8bit", "4bit"] | None = None
+    """bitsandbytes, through transformers."""
+
+    def facts(self, context: TeacherContext) -> TeacherFacts:
+        given = context.given.get("model")
+        tokenizer = context.given.get("tokenizer") or (context.student.tokenizer if given is not None else None)
+        model = ModelFacts.read(given if given is not None else self.model, tokenizer)
+        why_not = missing_in_common(context.student, model)
+        if Capability.SAME_TOKENIZER in why_not:
+            _aligner(context.student, model)
+        return TeacherFacts(provides=LOCAL.difference(why_not), why_not=why_not, model=model)
+
+    def build(self, facts: TeacherFacts, context: TeacherContext, name: str = "") -> Teacher:
+        assert facts.model is not None
+        needs, aligned = context.needs, Capability.SAME_TOKENIZER not in facts.provides
+        device = torch.device(self.device) if self.device else context.device
+        model = load_frozen(
+            context.given.get("model", self.model), facts.model.tokenizer, device, dtype=getattr(torch, self.dtype),
+            quantization=self.quantization, head=needs.taps.head or needs.text or needs.diagnostics,
+        )  # fmt: skip
+        return LocalTeacher(
+            model, context=facts.model.context, same_shape=Capability.SAME_SHAPE in facts.provides,
+            aligner=_aligner(context.student, facts.model) if aligned else None,
+            max_sequences=context.max_sequences, seed=context.seed,
+        )  # fmt: skip
+
+
+class SelfTeacherConfig(TeacherConfig):
+    """The initial student under another prompt: its adapter off, or a frozen copy."""
+
+    type: Literal["self"] = "self"
+
+    uses_initial_student: ClassVar[bool] = True
+
+    def facts(self, context: TeacherContext) -> TeacherFacts:
+        if self.system_prompt is None and self.prompt_template is None:
+            raise ConfigError(
+                "a self teacher with the student's own prompt agrees with the student everywhere; "
+                "give system_prompt or prompt_template"
+            )
+        return TeacherFacts(provides=LOCAL, why_not={}, model=context.student)
+
+    def build(self, facts: TeacherFacts, context: TeacherContext, name: str = "") -> Teacher:
+        if context.sharded and context.needs.text:
+            raise ConfigError(
+                "a self teacher that writes needs whole weights on every rank; use DDP, or a local teacher with the "
+                "student's weights"
+            )
+        initial, most = context.initial_student, context.student.context
+        return LocalTeacher(initial, context=most, max_sequences=context.max_sequences, seed=context.seed)
+
+
+def _aligner(student: ModelFacts, teacher: ModelFacts) -> Aligner:
+    """Raises TeacherMismatch for a kind of tokenizer whose bytes are not known."""
+    end = end_of_turn(teacher.tokenizer, teacher.stop_ids)
+    return Aligner(
+        student.tokenizer, teacher.tokenizer, student_stops=student.stop_ids, teacher_end=end, teacher_name=teacher.name
+    )

@@ -1,157 +1,212 @@
 """A teacher behind an OpenAI-compatible endpoint: text, and log-probabilities of given tokens where the server has them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, final
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast, final
 
 import torch
+from pydantic import model_validator
+from rapidfuzz.distance import Levenshtein
 from transformers import PreTrainedTokenizerBase
 
-from oprd.config.models import ServerTeacherConfig
-from oprd.data.chat import decode, encode, render, with_prompt
+from oprd.data.chat import decode, encode, render
 from oprd.errors import ServerError
-from oprd.models import PROBE_TEXTS
-from oprd.teacher.base import Teacher
-from oprd.teacher.client import Client
-from oprd.teacher.reply import Call, Reply
-from oprd.teacher.similarity import edit_similarity
-from oprd.teacher.writer import Ask, Writer, Written
-from oprd.types import (
-    JointTargets,
-    Lost,
-    Message,
-    Prompt,
-    Reading,
-    Rollouts,
-    SampledTargets,
-    ServedLogprobs,
-    Tally,
-    TeacherTargets,
-    TopKTargets,
+from oprd.models.loading import PROBE_TEXTS, ModelFacts, load_tokenizer, tokenizer_difference
+from oprd.teacher.base import (
+    Chains,
+    Generation,
+    GenerationRequest,
+    Teacher,
+    TeacherConfig,
+    TeacherContext,
+    TeacherFacts,
 )
+from oprd.teacher.exchange import Request, Response, Tokens
+from oprd.teacher.transport import ServerSection, Transport
+from oprd.types import Capability, LogprobTargets, Message, Metric, Prompt, Rollouts, Taps, Targets
 
+# of the teacher's own text, half of which it is then asked to continue
 PROBE_TOKENS = 24
-"""Of the teacher's own answer, half of which it is then asked to continue."""
-RESTARTED_ALARM = 0.5
-"""Above this share of continuations that repeat the beginning of the answer instead of going on, the run stops."""
+# a continuation whose first so many characters are those of the completion has begun anew
 RESTART_CHARACTERS = 12
-"""A continuation whose first so many characters are those of the answer it was to continue has begun anew."""
+# above this share of such continuations the run stops
+RESTARTED_ALARM = 0.5
+BY_TOKEN_ID = (Capability.LOGPROBS, Capability.TOP_K, Capability.SAME_TOKENIZER)
+
+
+class ServerTeacherConfig(TeacherConfig, ServerSection):
+    """A model behind an OpenAI-compatible endpoint. It gives text, and where the server can, log-probabilities."""
+
+    type: Literal["server"] = "server"
+    tokenizer: str | None = None
+    """Folder or Hub name of the server's tokenizer: for `continuation: completions`, and for log-probabilities."""
+    continuation: Literal["completions", "continue_final_message", "prefill"] = "completions"
+    """How a completion is continued: the rendered prompt on the raw endpoint, vLLM's flag on the chat endpoint, or a last
+    assistant message that the provider continues."""
+    many_samples: bool = True
+    """Whether one request can ask for several samples (`n`); false sends one request per sample."""
+    cache: str | None = None
+    """SQLite file of all responses, so that none is paid twice; `teacher_cache.sqlite` in the run folder unless given."""
+
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(ServerSection.model_fields) - {"model"} | {"cache"}
+
+    @model_validator(mode="after")
+    def _check_continuation(self) -> "ServerTeacherConfig":
+        if self.continuation == "completions" and self.tokenizer is None:
+            raise ValueError(
+                "continuation 'completions' renders the prompt here: give `tokenizer`, the folder or Hub name of the "
+                "server's tokenizer, or use 'continue_final_message' or 'prefill'"
+            )
+        return self
+
+    def facts(self, context: TeacherContext) -> TeacherFacts:
+        model, why = None, "give `tokenizer`, the folder or Hub name of the server's tokenizer"
+        if self.tokenizer is not None:
+            tokenizer = load_tokenizer(self.tokenizer)
+            model = ModelFacts(
+                name=self.tokenizer, blocks=0, width=0, vocabulary=len(tokenizer), context=2**31, parameters=0,
+                tokenizer=tokenizer, stop_ids=(),
+            )  # fmt: skip
+            difference = tokenizer_difference(context.student.tokenizer, tokenizer)
+            why = "" if difference is None else f"{self.tokenizer} has {difference}"
+        why_not = {capability: why for capability in BY_TOKEN_ID if why}
+        provides = frozenset({Capability.TEXT, *BY_TOKEN_ID}.difference(why_not))
+        return TeacherFacts(provides=provides, why_not=why_not, model=model)
+
+    def build(self, facts: TeacherFacts, context: TeacherContext, name: str = "") -> Teacher:
+        # the file in the run folder is this run's alone, wherever the folder is moved
+        run = str(context.cache.parent.resolve()) if self.cache else ""
+        cache, account = Path(self.cache or context.cache), (run, name, context.rank)
+        transport = Transport(self, cache=cache, account=account, world_size=context.world_size, seed=context.seed)
+        teacher = ServerTeacher(self, facts, context, transport)
+        teacher.check([prompt for prompt in context.prompts if name in {"", prompt.teacher}] or context.prompts)
+        return teacher
 
 
 @final
-class ServerWriter(Writer):
-    """Asks the server for text. `tokenizer` is the server's, for `continuation: completions`."""
+class ServerTeacher(Teacher):
+    """Asks the server for text, and for log-probabilities of the student's tokens if its model has their tokenizer."""
 
-    def __init__(self, config: ServerTeacherConfig, client: Client, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        self.system_prompt = config.system_prompt
-        self.prompt_template = config.prompt_template
-        self._config = config
-        self._client = client
-        self._tokenizer = tokenizer
+    def __init__(
+        self, config: ServerTeacherConfig, facts: TeacherFacts, context: TeacherContext, transport: Transport
+    ) -> None:
+        self._config, self._transport, self._needs, self._device = config, transport, context.needs, context.device
+        # None only where nothing asks for it
+        self._tokenizer = cast(PreTrainedTokenizerBase, facts.model and facts.model.tokenizer)
+        self._plausible = False
         self._restarted, self._continued = 0, 0
 
-    def check(self, prompt: Prompt, *, continues: bool) -> None:
-        """Ask a little before anything is loaded. Raises ServerError when the server does not answer, and for a writer that
-        `continues`, when it gives one sample for several or begins its answer anew instead of going on with one."""
-        question = Ask(messages=self.conversation(prompt), max_tokens=PROBE_TOKENS, temperature=0.0)
-        samples = 2 if continues and self._config.many_samples else 1
-        self._probe(replace(question, samples=samples, max_tokens=4, temperature=1.0))
-        if continues:
-            self._check_continues(question)
-
-    def write(self, chains: Sequence[Sequence[Ask]]) -> list[list[Written | None]]:
-        if self._config.many_samples:
-            replies = self._client.send([[self._call(ask) for ask in chain] for chain in chains])
-        else:
-            replies = self._one_by_one(chains)
-        written = [[_written(reply) for reply in row] for row in replies]
-        self._look_for_restarts(chains, written)
-        return written
-
-    def tallies(self) -> tuple[Tally, ...]:
-        return (
-            *self._client.tallies(),
-            Tally(name="teacher/restarted/share", total=self._restarted, of=float(self._continued)),
-        )
-
-    def _one_by_one(self, chains: Sequence[Sequence[Ask]]) -> list[list[Reply | None]]:
-        """A server without `n`: as many chains side by side as samples; one lost sample loses the question."""
-        rows = [
-            [self._call(replace(ask, samples=1)) for ask in chain if at < ask.samples]
-            for chain in chains
-            for at in range(max((ask.samples for ask in chain), default=0))
-        ]
-        got = iter(self._client.send(rows))
-        replies: list[list[Reply | None]] = []
-        for chain in chains:
-            columns = [iter(next(got)) for _ in range(max((ask.samples for ask in chain), default=0))]
-            replies.append([_join([next(column) for column in columns[: ask.samples]]) for ask in chain])
-        return replies
-
-    def _call(self, ask: Ask) -> Call:
-        sampling = {"n": ask.samples} if ask.samples > 1 else {}
-        sampling |= {"max_tokens": ask.max_tokens, "temperature": ask.temperature, "top_p": 1.0}
-        most = ask.samples * ask.max_tokens
-        if self._config.continuation == "completions":
-            assert self._tokenizer is not None
-            prompt = self._rendered(ask)
-            body: dict[str, Any] = {"prompt": prompt} | sampling
-            return Call(
-                endpoint="completions",
-                body=body,
-                samples=ask.samples,
-                most_prompt_tokens=len(encode(self._tokenizer, prompt, special=True)),
-                most_completion_tokens=most,
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Request a little of what will be needed. Raises ServerError when the server cannot give it."""
+        needs = self._needs
+        if needs.logprobs:
+            ids = encode(self._tokenizer, PROBE_TEXTS[0])
+            advice = (
+                "It was asked for `prompt_logprobs`. If it refuses that, use a server that has them (vLLM) and allows as many "
+                f"as asked for: objective.k is {needs.top_k}, vLLM's --max-logprobs is 20 unless set higher"
             )
-        turns = [*ask.messages, *([Message(role="assistant", content=ask.prefix)] if ask.prefix else [])]
+            response = self._transport.probe(self._logprobs_request(ids[:1], ids[1:]), advice=advice)
+            self._read_logprobs(response, ids[:1], ids[1:])
+        if needs.text:
+            messages = prompts[0].teacher_messages
+            question = GenerationRequest(messages=messages, max_new_tokens=PROBE_TOKENS, temperature=0.0)
+            samples = 2 if needs.continues and self._config.many_samples else 1
+            self._probe_text(replace(question, samples=samples, max_new_tokens=4, temperature=1.0))
+            if needs.continues:
+                self._check_continues(question)
+
+    def annotate(self, rollouts: Rollouts) -> Rollouts:
+        """Rollouts with the log-probabilities of every completion; those the server lost have weight 0."""
+        if not self._needs.logprobs:
+            return rollouts
+        pairs = [(p.teacher_token_ids, ids) for p, ids in zip(rollouts.prompts, rollouts.completion_ids, strict=True)]
+        rows = self._transport.send([[self._logprobs_request(*pair)] if pair[1] else [] for pair in pairs])
+        given = rollouts.token_weights or tuple((1.0,) * length for length in rollouts.lengths)
+        targets, weights, known = [], [], []
+        for (prompt_ids, ids), row, own in zip(pairs, rows, given, strict=True):
+            if row and row[0] is not None:
+                targets.append(self._read_logprobs(row[0], prompt_ids, ids))
+                known.append(targets[-1].sampled)
+                weights.append(own)
+            else:
+                targets.append(self._targets([0.0] * len(ids), [[(0, 0.0)] * self._needs.top_k] * len(ids)))
+                weights.append((0.0,) * len(ids))
+        self._check_plausible(known)
+        return replace(rollouts, logprobs=tuple(targets), token_weights=tuple(weights))
+
+    def targets(self, rollouts: Rollouts, taps: Taps) -> Targets:
+        if rollouts.logprobs is None:
+            return Targets()
+        names = ("sampled", "top_ids", "top_logprobs")
+        joined = {name: torch.cat([getattr(x, name) for x in rollouts.logprobs]).to(self._device) for name in names}
+        return Targets(logprobs=LogprobTargets(**joined))
+
+    def generate(self, chains: Chains) -> list[list[Generation | None]]:
+        # a server without `n` gets as many chains side by side as samples; one lost sample loses the request
+        copies = [1 if self._config.many_samples or not chain else chain[0].samples for chain in chains]
+        rows = [
+            [self._text_request(replace(request, samples=request.samples // n)) for request in chain]
+            for chain, n in zip(chains, copies, strict=True)
+            for _ in range(n)
+        ]
+        sent = iter(self._transport.send(rows))
+        generations = [
+            [_generation(parts) for parts in zip(*(next(sent) for _ in range(n)), strict=True)] for n in copies
+        ]
+        self._look_for_restarts(chains, generations)
+        return generations
+
+    def metrics(self) -> tuple[Metric, ...]:
+        if not self._needs.text:
+            return self._transport.metrics()
+        share = Metric(name="teacher/restarted/share", sum=float(self._restarted), count=float(self._continued))
+        self._restarted, self._continued = 0, 0
+        return (*self._transport.metrics(), share)
+
+    def _text_request(self, request: GenerationRequest) -> Request:
+        sampling = {"n": request.samples} if request.samples > 1 else {}
+        sampling |= {"max_tokens": request.max_new_tokens, "temperature": request.temperature, "top_p": 1.0}
+        most = request.samples * request.max_new_tokens
+        if self._config.continuation == "completions":
+            ids, added = render(self._tokenizer, request.messages), encode(self._tokenizer, "", special=True)[:1]
+            ids = ids[1:] if added and ids[:1] == added else ids  # servers add the beginning-of-text token
+            prompt = decode(self._tokenizer, ids, special=True) + request.prefix
+            bound = Tokens(len(encode(self._tokenizer, prompt, special=True)), most)
+            body: dict[str, Any] = {"prompt": prompt} | sampling
+            return Request(endpoint="completions", body=body, samples=request.samples, upper_bound=bound)
+        begun = [Message(role="assistant", content=request.prefix)] if request.prefix else []
+        turns = [*request.messages, *begun]
         body = {"messages": [{"role": turn.role, "content": turn.content} for turn in turns]} | sampling
-        if ask.prefix and self._config.continuation == "continue_final_message":
+        if begun and self._config.continuation == "continue_final_message":
             body |= {"continue_final_message": True, "add_generation_prompt": False}
         # no tokenizer makes more tokens than the text has bytes; templates add some to each turn
-        bound = sum(len(turn.content.encode()) + 32 for turn in turns) + 32
-        return Call(
-            endpoint="chat",
-            body=body,
-            samples=ask.samples,
-            most_prompt_tokens=bound,
-            most_completion_tokens=most,
-        )
+        bound = Tokens(sum(len(turn.content.encode()) + 32 for turn in turns) + 32, most)
+        return Request(endpoint="chat", body=body, samples=request.samples, upper_bound=bound)
 
-    def _rendered(self, ask: Ask) -> str:
-        """The prompt as text, without the beginning of text that servers put before what they get."""
-        assert self._tokenizer is not None
-        ids = render(self._tokenizer, ask.messages)
-        added = encode(self._tokenizer, "", special=True)
-        begins = bool(added) and ids[:1] == added[:1]
-        return decode(self._tokenizer, ids[1:] if begins else ids, special=True) + ask.prefix
+    def _probe_text(self, request: GenerationRequest) -> str:
+        return self._transport.probe(self._text_request(request), advice="Look at the server's log").texts[0]
 
-    def _probe(self, ask: Ask) -> str:
-        """The first sample of an answer."""
-        return self._client.probe(self._call(ask), advice="Look at the server's log").choices[0].text
-
-    def _check_continues(self, question: Ask) -> None:
-        """Give the first half of the teacher's own answer back to it: it should go on with the second half."""
-        whole = self._probe(question)
+    def _check_continues(self, question: GenerationRequest) -> None:
+        """Give the first half of the teacher's own text back to it: it should continue with the second half."""
+        whole = self._probe_text(question)
         half = len(whole) // 2
         if half < RESTART_CHARACTERS:
-            return  # too short an answer to tell
-        again = self._probe(replace(question, prefix=whole[:half]))
-        anew, on = edit_similarity(again[:half], [whole[:half], whole[half : 2 * half]])
-        if anew > on and anew > 0.5:
-            raise ServerError(self._begins_anew("its own answer, given back to it by half"))
+            return  # too short a text to tell
+        again = self._probe_text(replace(question, prefix=whole[:half]))[:half]
+        anew = Levenshtein.normalized_similarity(again, whole[:half])
+        if anew > max(Levenshtein.normalized_similarity(again, whole[half : 2 * half]), 0.5):
+            raise ServerError(self._begins_anew("its own text, given back to it by half"))
 
-    def _look_for_restarts(self, chains: Sequence[Sequence[Ask]], written: Sequence[Sequence[Written | None]]) -> None:
-        pairs = [
-            (ask.prefix[:RESTART_CHARACTERS], text)
-            for chain, row in zip(chains, written, strict=True)
-            for ask, answer in zip(chain, row, strict=True)
-            if answer is not None and len(ask.prefix) >= 2 * RESTART_CHARACTERS
-            for text in answer.texts
-        ]
-        self._continued = len(pairs)
-        self._restarted = sum(text.startswith(beginning) for beginning, text in pairs)
-        if self._restarted > max(RESTARTED_ALARM * self._continued, 10):
-            raise ServerError(self._begins_anew(f"{self._restarted} of {self._continued} answers of this step"))
+    def _look_for_restarts(self, chains: Chains, generations: list[list[Generation | None]]) -> None:
+        pairs = [pair for rows in zip(chains, generations, strict=True) for pair in zip(*rows, strict=True)]
+        known = [(r.prefix, g.texts) for r, g in pairs if g is not None and len(r.prefix) >= 2 * RESTART_CHARACTERS]
+        anew = [text.startswith(prefix[:RESTART_CHARACTERS]) for prefix, texts in known for text in texts]
+        self._continued += len(anew)
+        self._restarted += sum(anew)
+        if sum(anew) > max(RESTARTED_ALARM * len(anew), 10):
+            raise ServerError(self._begins_anew(f"{sum(anew)} of {len(anew)} completions of this step"))
 
     def _begins_anew(self, what: str) -> str:
         others = {"completions", "continue_final_message", "prefill"} - {self._config.continuation}
@@ -160,148 +215,53 @@ class ServerWriter(Writer):
             f"{self._config.continuation!r}. Use another one: {', '.join(sorted(others))}"
         )
 
-
-@final
-class ServerTeacher(Teacher):
-    """Log-probabilities of the student's tokens, from a server whose model has the student's tokenizer.
-
-    `top_k`: how many of the teacher's most probable tokens are asked for at every position; 0 for the sampled ones alone.
-    """
-
-    provides = frozenset({SampledTargets, TopKTargets})
-
-    def __init__(
-        self,
-        config: ServerTeacherConfig,
-        client: Client,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        top_k: int,
-        device: torch.device,
-    ) -> None:
-        self._config = config
-        self._client = client
-        self._tokenizer = tokenizer
-        self._top_k = top_k
-        self._device = device
-        self._checked = False
-
-    def check(self) -> None:
-        """Raise ServerError unless the server's ids mean what the tokenizer says, and it gives as many as asked for."""
-        ids = encode(self._tokenizer, PROBE_TEXTS[0])
-        advice = (
-            f"It was asked for log-probabilities by {self._config.logprobs!r}. If it refuses that, use a server that has "
-            f"them (vLLM) and allows as many as asked for: objective.top_k is {self._top_k}, vLLM's --max-logprobs is 20 "
-            "unless set higher"
-        )
-        reply = self._client.probe(self._call((), ids), advice=advice)
-        self._read(reply, 0, ids)
-
-    def check_prompts(self, prompts: Iterable[Prompt]) -> None:
-        for prompt in prompts:
-            self._prompt_ids(prompt)
-
-    def prepare(self, rollouts: Rollouts) -> Rollouts:
-        calls = [
-            [self._call(self._prompt_ids(prompt), ids)] if ids else []
-            for prompt, ids in zip(rollouts.prompts, rollouts.completion_ids, strict=True)
-        ]
-        replies = self._client.send(calls)
-        answers: list[ServedLogprobs | Lost] = []
-        for prompt, ids, row in zip(rollouts.prompts, rollouts.completion_ids, replies, strict=True):
-            if not ids:
-                answers.append(_nothing(0, self._top_k))
-            elif row[0] is None:
-                answers.append(Lost(reason="no reply"))
-            else:
-                answers.append(self._read(row[0], len(self._prompt_ids(prompt)), ids))
-        self._check_plausible(answers)
-        return replace(rollouts, answers=tuple(answers))
-
-    def tallies(self) -> tuple[Tally, ...]:
-        return self._client.tallies()
-
-    def targets(self, rollouts: Rollouts, readings: Iterable[Reading], *, head: bool) -> TeacherTargets:
-        answers = [
-            answer if isinstance(answer, ServedLogprobs) else _nothing(length, self._top_k)
-            for answer, length in zip(rollouts.answers or (), rollouts.lengths, strict=True)
-        ]
-        sampled = SampledTargets(logprobs=torch.cat([a.sampled for a in answers]).to(self._device))
-        if not self._top_k:
-            return sampled
-        top = TopKTargets(
-            ids=torch.cat([a.top_ids for a in answers]).to(self._device),
-            logprobs=torch.cat([a.top_logprobs for a in answers]).to(self._device),
-        )
-        return JointTargets(parts=(sampled, top))
-
-    def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        turns = with_prompt(prompt.messages, prompt.columns, self._config.system_prompt, self._config.prompt_template)
-        return render(self._tokenizer, turns)
-
-    def _call(self, prompt_ids: tuple[int, ...], ids: tuple[int, ...]) -> Call:
+    def _logprobs_request(self, prompt_ids: tuple[int, ...], ids: tuple[int, ...]) -> Request:
         # one token is generated because servers insist on it; it is not looked at
-        body: dict[str, Any] = {"prompt": [*prompt_ids, *ids], "max_tokens": 1, "temperature": 1.0}
-        k = max(1, self._top_k)
-        if self._config.logprobs == "prompt_logprobs":
-            body |= {"prompt_logprobs": k}
-        else:
-            body |= {"echo": True, "logprobs": k, "return_tokens_as_token_ids": True}
-        return Call(
-            endpoint="completions",
-            body=body,
-            samples=1,
-            most_prompt_tokens=len(body["prompt"]),
-            most_completion_tokens=1,
-        )
+        sent, k = [*prompt_ids, *ids], max(1, self._needs.top_k)
+        body: dict[str, Any] = {"prompt": sent, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": k}
+        return Request(endpoint="completions", body=body, samples=1, upper_bound=Tokens(len(sent), 1))
 
-    def _read(self, reply: Reply, start: int, ids: tuple[int, ...]) -> ServedLogprobs:
-        """Log-probabilities of `ids`, which stand at `start` of the prompt that was sent.
+    def _read_logprobs(self, response: Response, prompt_ids: tuple[int, ...], ids: tuple[int, ...]) -> LogprobTargets:
+        """Log-probabilities of `ids`, which were sent behind `prompt_ids`.
 
         Raises ServerError when the server's ids are others, which would train on nonsense without any error.
         """
-        given = reply.choices[0].logprobs
+        url, k = self._config.base_url, self._needs.top_k
         try:
-            rows = _rows(given, self._config.logprobs)[start : start + len(ids)]
+            given: list[Any] = response.logprobs[len(prompt_ids) :][: len(ids)]
+            rows = [{int(i): float(entry["logprob"]) for i, entry in (row or {}).items()} for row in given]
         except (KeyError, TypeError, ValueError, AttributeError):
+            raise ServerError(f"{url} does not answer `prompt_logprobs` as vLLM does; use a server that does") from None
+        wrong = [token for token, row in zip(ids, rows, strict=False) if token not in row]
+        if wrong or len(rows) != len(ids):
+            token = wrong[0] if wrong else ids[0]
+            piece = self._tokenizer.convert_ids_to_tokens([token])
             raise ServerError(
-                f"{self._config.base_url} has no log-probabilities of prompts in the form of {self._config.logprobs!r}; "
-                "set logprobs to the other form, or use a server that has them"
-            ) from None
-        if not start:
-            # nothing predicts the first token of all
-            rows = [{ids[0]: 0.0}, *rows[1:]] if rows else rows
-        wrong = next((i for i, (token, row) in enumerate(zip(ids, rows, strict=False)) if token not in row), None)
-        if len(rows) != len(ids) or wrong is not None:
-            at = wrong or 0
-            piece = self._tokenizer.convert_ids_to_tokens([ids[at]])
-            raise ServerError(
-                f"{self._config.base_url} answers for other token ids than were sent (id {ids[at]}, {piece}, is not among "
-                f"those at its place): its model {self._config.model!r} has another tokenizer than "
-                f"{self._config.tokenizer}, or cuts prompts"
+                f"{url} answers for other token ids than were sent (id {token}, {piece}, is not among those at its place): "
+                f"its model {self._config.model!r} has another tokenizer than {self._config.tokenizer}, or cuts prompts"
             )
-        tops = [sorted(row.items(), key=lambda item: -item[1])[: self._top_k] for row in rows]
-        if start and any(len(top) < self._top_k for top in tops):
+        tops = [sorted(row.items(), key=lambda item: -item[1])[:k] for row in rows]
+        if any(len(top) < k for top in tops):
             raise ServerError(
-                f"{self._config.base_url} gives fewer than objective.top_k={self._top_k} log-probabilities a token; "
-                "start vLLM with a higher --max-logprobs, or lower top_k"
+                f"{url} gives fewer than objective.k={k} log-probabilities a token; start vLLM with a higher "
+                "--max-logprobs, or lower k"
             )
-        if not start:
-            tops = [[(0, 0.0)] * self._top_k] * len(ids)
-        return ServedLogprobs(
-            sampled=torch.tensor([row[token] for token, row in zip(ids, rows, strict=True)]),
-            top_ids=torch.tensor([[i for i, _ in top] for top in tops], dtype=torch.long).view(len(ids), self._top_k),
-            top_logprobs=torch.tensor([[x for _, x in top] for top in tops]).view(len(ids), self._top_k),
+        return self._targets([row[token] for token, row in zip(ids, rows, strict=True)], tops)
+
+    def _targets(self, sampled: list[float], tops: list[list[tuple[int, float]]]) -> LogprobTargets:
+        shape = (len(sampled), self._needs.top_k)
+        return LogprobTargets(
+            sampled=torch.tensor(sampled),
+            top_ids=torch.tensor([[i for i, _ in top] for top in tops], dtype=torch.long).view(shape),
+            top_logprobs=torch.tensor([[x for _, x in top] for top in tops]).view(shape),
         )
 
-    def _check_plausible(self, answers: Sequence[ServedLogprobs | Lost]) -> None:
-        """Once: a teacher that finds the completions less probable than random tokens has been asked about others."""
-        known = [answer.sampled for answer in answers if isinstance(answer, ServedLogprobs)]
-        if self._checked or not known:
+    def _check_plausible(self, sampled: Sequence[torch.Tensor]) -> None:
+        """Once: a teacher that finds the completions less probable than random tokens was given other ones."""
+        if self._plausible or not sampled:
             return
-        self._checked = True
-        mean = float(torch.cat(known).mean())
-        random = -float(torch.tensor(len(self._tokenizer)).log())
+        self._plausible = True
+        mean, random = float(torch.cat(list(sampled)).mean()), -math.log(len(self._tokenizer))
         if mean < random:
             raise ServerError(
                 f"{self._config.base_url}: the completions of the first step have a mean log-probability of {mean:.2f} nats "
@@ -310,44 +270,13 @@ class ServerTeacher(Teacher):
             )
 
 
-def _rows(given: Any, form: str) -> list[Mapping[int, float]]:
-    """Log-probabilities by token id at every position of the prompt; none at the first."""
-    if form == "prompt_logprobs":
-        return [{int(i): float(entry["logprob"]) for i, entry in (row or {}).items()} for row in given]
-    tokens = [int(token.removeprefix("token_id:")) for token in given["tokens"]]
-    rows = []
-    for token, logprob, top in zip(tokens, given["token_logprobs"], given["top_logprobs"], strict=True):
-        row = {int(t.removeprefix("token_id:")): float(x) for t, x in (top or {}).items()}
-        rows.append(row if logprob is None else row | {token: float(logprob)})
-    return rows
-
-
-def _nothing(length: int, top_k: int) -> ServedLogprobs:
-    """Stands in where nothing is known and nothing has weight."""
-    return ServedLogprobs(
-        sampled=torch.zeros(length),
-        top_ids=torch.zeros(length, top_k, dtype=torch.long),
-        top_logprobs=torch.zeros(length, top_k),
-    )
-
-
-def _written(reply: Reply | None) -> Written | None:
-    if reply is None:
+def _generation(responses: Sequence[Response | None]) -> Generation | None:
+    """All samples of one request; None when one was lost."""
+    known = [response for response in responses if response is not None]
+    if len(known) < len(responses):
         return None
-    return Written(
-        texts=tuple(choice.text for choice in reply.choices),
-        finished=tuple(choice.finished for choice in reply.choices),
-        tokens=reply.completion_tokens,
-    )
-
-
-def _join(replies: Sequence[Reply | None]) -> Reply | None:
-    """Several samples of one question; None when one was lost."""
-    known = [reply for reply in replies if reply is not None]
-    if len(known) < len(replies):
-        return None
-    return Reply(
-        choices=tuple(choice for reply in known for choice in reply.choices),
-        prompt_tokens=sum(reply.prompt_tokens for reply in known),
-        completion_tokens=sum(reply.completion_tokens for reply in known),
+    return Generation(
+        texts=tuple(text for response in known for text in response.texts),
+        finished=tuple(finished for response in known for finished in response.finished),
+        tokens=sum(response.used.completion for response in known),
     )

@@ -1,58 +1,92 @@
 """Several teachers; each prompt names its own."""
 
-from collections.abc import Iterable, Mapping
-from typing import final
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, final
 
-from oprd.errors import DataError
-from oprd.teacher.base import Teacher
-from oprd.types import Prompt, Reading, Rollouts, Tally, TeacherTargets, concatenate
+from oprd.errors import DataError, TeacherMismatch
+from oprd.section import Field
+from oprd.teacher.base import AnyTeacherConfig, Chains, Generation, Generations, Teacher, TeacherContext, TeacherFacts
+from oprd.teacher.local import LocalTeacherConfig, SelfTeacherConfig
+from oprd.teacher.server import ServerTeacherConfig
+from oprd.types import Capability, HiddenSpec, Metric, Prompt, Rollouts, Taps, Targets, concatenate
+
+OneTeacherConfig = Annotated[LocalTeacherConfig | SelfTeacherConfig | ServerTeacherConfig, Field(discriminator="type")]
 
 
 @final
+@dataclass(frozen=True, slots=True, eq=False)
 class SeveralTeachers(Teacher):
-    """Passes each micro-batch to the teacher its prompts name; a micro-batch never mixes teachers (`split_by_tokens`)."""
+    """Hands every prompt's share to its teacher; a micro-batch never mixes teachers (`split_by_tokens`)."""
 
-    def __init__(self, teachers: Mapping[str, Teacher]) -> None:
-        self._teachers = teachers
+    teachers: Mapping[str, Teacher]
 
-    def check_prompts(self, prompts: Iterable[Prompt]) -> None:
-        prompts = tuple(prompts)
-        for prompt in prompts:
-            if prompt.teacher not in self._teachers:
-                raise DataError(
-                    f"row {prompt.row}: column 'teacher' is {prompt.teacher!r}, allowed: {', '.join(self._teachers)}"
-                )
-        for name, teacher in self._teachers.items():
-            teacher.check_prompts(p for p in prompts if p.teacher == name)
+    def annotate(self, rollouts: Rollouts) -> Rollouts:
+        names = [str(prompt.teacher) for prompt in rollouts.prompts]
+        rows = {name: [i for i, own in enumerate(names) if own == name] for name in self.teachers}
+        parts = [teacher.annotate(rollouts.take(rows[name])) for name, teacher in self.teachers.items()]
+        order = [i for own in rows.values() for i in own]
+        return concatenate(parts).take([order.index(i) for i in range(len(order))])
 
-    def prepare(self, rollouts: Rollouts) -> Rollouts:
-        order: list[int] = []
-        parts: list[Rollouts] = []
-        for name, teacher in self._teachers.items():
-            rows = [i for i, prompt in enumerate(rollouts.prompts) if prompt.teacher == name]
-            order += rows
-            parts.append(teacher.prepare(rollouts.take(rows)))
-        together = concatenate(parts)
-        return together.take([order.index(i) for i in range(len(order))])
+    def targets(self, rollouts: Rollouts, taps: Taps) -> Targets:
+        return self._of(rollouts).targets(rollouts, taps)
 
-    def tallies(self) -> tuple[Tally, ...]:
+    def generate(self, chains: Chains) -> Generations:
+        answers: dict[int, list[Generation | None]] = {}
+        for name, teacher in self.teachers.items():
+            rows = [i for i, chain in enumerate(chains) if chain and chain[0].teacher == name]
+            answers |= zip(rows, teacher.generate([chains[i] for i in rows]), strict=True)
+        return [answers.get(i, []) for i in range(len(chains))]
+
+    def comparable(self, rollouts: Rollouts, specs: Sequence[HiddenSpec]) -> tuple[HiddenSpec, ...]:
+        return self._of(rollouts).comparable(rollouts, specs)
+
+    def metrics(self) -> tuple[Metric, ...]:
         return tuple(
-            Tally(name=f"{tally.name.replace('teacher/', f'teacher_{name}/', 1)}", total=tally.total, of=tally.of)
-            for name, teacher in self._teachers.items()
-            for tally in teacher.tallies()
+            replace(metric, name=metric.name.replace("teacher/", f"teacher_{name}/", 1))
+            for name, teacher in self.teachers.items()
+            for metric in teacher.metrics()
         )
 
-    def comparable(self, rollouts: Rollouts, readings: Iterable[Reading]) -> tuple[Reading, ...]:
-        return self._of(rollouts).comparable(rollouts, readings)
-
     def close(self) -> None:
-        for teacher in self._teachers.values():
+        for teacher in self.teachers.values():
             teacher.close()
-
-    def targets(self, rollouts: Rollouts, readings: Iterable[Reading], *, head: bool) -> TeacherTargets:
-        return self._of(rollouts).targets(rollouts, readings, head=head)
 
     def _of(self, rollouts: Rollouts) -> Teacher:
         names = {prompt.teacher for prompt in rollouts.prompts}
         assert len(names) == 1, names
-        return self._teachers[str(names.pop())]
+        return self.teachers[str(names.pop())]
+
+
+class SeveralTeachersConfig(AnyTeacherConfig):
+    """Several teachers; the dataset's `teacher` column names one for each prompt."""
+
+    type: Literal["several"] = "several"
+    teachers: Annotated[dict[str, OneTeacherConfig], Field(min_length=1)]
+    """`name: {type: ...}`, at least one."""
+
+    @property
+    def members(self) -> Mapping[str, AnyTeacherConfig]:
+        return self.teachers
+
+    def facts(self, context: TeacherContext) -> TeacherFacts:
+        """What every teacher provides. Raises TeacherMismatch where one in this process has another tokenizer."""
+        members = {name: config.facts(context) for name, config in self.teachers.items()}
+        for name, facts in members.items():
+            if Capability.HIDDEN in facts.provides and Capability.SAME_TOKENIZER not in facts.provides:
+                has = "has another tokenizer than the student; aligning tokens works with one teacher"
+                raise TeacherMismatch(f"teacher {name!r} of several {has}")
+        shared = frozenset.intersection(*(facts.provides for facts in members.values()))
+        why_not = {capability: why for facts in members.values() for capability, why in facts.why_not.items()}
+        return TeacherFacts(provides=shared - {Capability.ONE_MODEL}, why_not=why_not, model=None, members=members)
+
+    def render(self, prompt: Prompt, facts: TeacherFacts) -> Prompt:
+        name = str(prompt.teacher)
+        if name not in self.teachers:
+            allowed = ", ".join(self.teachers)
+            raise DataError(f"row {prompt.row}: column 'teacher' is {prompt.teacher!r}, allowed: {allowed}")
+        return self.teachers[name].render(prompt, facts.members[name])
+
+    def build(self, facts: TeacherFacts, context: TeacherContext, name: str = "") -> Teacher:
+        built = {key: config.build(facts.members[key], context, key) for key, config in self.teachers.items()}
+        return SeveralTeachers(built)

@@ -1,124 +1,107 @@
-"""Checkpoints: written aside, synced, renamed. One that is not complete has another name and is never picked up.
+"""Checkpoints: written aside, synced, renamed. An incomplete one has another name and is never picked up.
 
-Only what was trained so far is stored (torch.distributed.checkpoint: every process its shard), so a LoRA checkpoint is
-small and a run may resume on another number of processes.
+Only trained tensors are stored (torch.distributed.checkpoint: every rank its shard), so a LoRA checkpoint is small and a run
+may resume on another number of ranks.
 """
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import nn
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from oprd.distributed import Ranks
 from oprd.errors import RunFolderError
-from oprd.train.run_folder import write_atomically
+from oprd.files import sync_folder, write_atomically
+from oprd.student import Student
 
 _COMPLETE = re.compile(r"step-(\d{6,})")
 _STUDENT = "model.student."
-"""In front of a student's weight in a checkpoint."""
+"""Prefix of a student's weight in a checkpoint."""
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def save_checkpoint(
     folder: Path,
     step: int,
-    *,
-    accelerator: Accelerator,
-    model: nn.Module,
-    trained: Sequence[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    student: Student,
+    ranks: Ranks,
     state: dict[str, Any],
-    tensors: dict[str, torch.Tensor],
+    tensors: dict[str, Tensor],
     keep: int,
 ) -> Path:
-    """Store the trained weights, the optimizer, `tensors` (DTensors by shards) and `state` after `step` steps; delete all
-    but the newest `keep`. `trained`: what an earlier stage trained as well, and this one may not."""
+    """Store trained weights, optimizer, `tensors` (DTensors by shards) and `state` after `step` steps; delete all but the
+    newest `keep` checkpoints."""
     aside, final = folder / f".step-{step:06d}.tmp", folder / f"step-{step:06d}"
-    if accelerator.is_main_process:
+    if ranks.is_main:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    with _counted_as_trained(trained):
-        weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-        save(
-            {"model": weights, "optimizer": moments, "tensors": tensors},
-            checkpoint_id=aside,
-            no_dist=accelerator.num_processes == 1,
-        )
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_atomically(aside / "state.json", json.dumps({"step": step} | state, indent=2))
-        _sync_folder(aside)
+    ranks.wait()
+    weights, moments = get_state_dict(student.wrapper, student.optimizer, options=_OPTIONS)
+    with _quiet():
+        stored = {"model": weights, "optimizer": moments, "tensors": tensors}
+        save(stored, checkpoint_id=aside, no_dist=ranks.size == 1)
+    ranks.wait()
+    if ranks.is_main:
+        state = {"step": step, "scheduler": student.scheduler.state_dict()} | state
+        write_atomically(aside / "state.json", json.dumps(state, indent=2))
+        sync_folder(aside)
         if final.exists():
             shutil.rmtree(final)
         aside.rename(final)
-        _sync_folder(folder)
+        sync_folder(folder)
         for old in complete_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+    ranks.wait()
     return final
 
 
-def load_checkpoint(
-    path: Path,
-    *,
-    accelerator: Accelerator,
-    model: nn.Module,
-    trained: Sequence[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    tensors: dict[str, torch.Tensor],
-) -> dict[str, Any]:
-    """Put weights and optimizer back in place, write into `tensors`; the `state` that was stored with them."""
-    with _counted_as_trained(trained):
-        weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
-        stored = {"model": weights, "optimizer": moments, "tensors": tensors}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-            load(stored, checkpoint_id=path, no_dist=accelerator.num_processes == 1)
-        set_state_dict(
-            model, optimizer, model_state_dict=stored["model"], optim_state_dict=stored["optimizer"], options=_OPTIONS
-        )
-    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+def load_checkpoint(path: Path, student: Student, ranks: Ranks, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Put weights, optimizer and schedule back in place and write into `tensors`; returns the `state` stored with them."""
+    weights, moments = get_state_dict(student.wrapper, student.optimizer, options=_OPTIONS)
+    stored = {"model": weights, "optimizer": moments, "tensors": tensors}
+    with _quiet():
+        load(stored, checkpoint_id=path, no_dist=ranks.size == 1)
+    set_state_dict(
+        student.wrapper,
+        student.optimizer,
+        model_state_dict=stored["model"],
+        optim_state_dict=stored["optimizer"],
+        options=_OPTIONS,
+    )
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    student.scheduler.load_state_dict(state["scheduler"])
+    return state
 
 
 @contextlib.contextmanager
-def _counted_as_trained(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Within, they have gradient, by which what belongs into a checkpoint is told."""
-    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
+def _quiet() -> Iterator[None]:
+    """Without torch's warning that a single process needs no process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
         yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The trained weights of a checkpoint by their names in the student, whole, whatever number of processes wrote it."""
+    """The trained weights of a checkpoint by their names in the student, whole, however many ranks wrote it."""
     reader = FileSystemReader(path)
     stored: dict[str, Any] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
         if name.startswith(_STUDENT) and isinstance(entry, TensorStorageMetadata)
     }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+    with _quiet():
         load(stored, storage_reader=reader, no_dist=True)
     return {name.removeprefix(_STUDENT): value for name, value in stored.items()}
 
@@ -145,16 +128,3 @@ def find_checkpoint(folder: Path, asked: str) -> Path | None:
             f"resume_from_checkpoint: {path} belongs to another run; this one keeps its own in {folder}"
         )
     return path
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the folder's entries durable, and the content of its files."""
-    for file in folder.iterdir():
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

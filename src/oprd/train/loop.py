@@ -1,34 +1,30 @@
-"""The loop: the student writes, the teacher answers, the student learns; the rest is book-keeping."""
+"""The loop: steps of the method, and around them extrapolation, metrics, evaluations and checkpoints."""
 
 import contextlib
-import dataclasses
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
 
-from oprd.config.reading import recipe_to_yaml
+from oprd.algorithm import Update, mean_update
+from oprd.clock import Clock, peak_memory_gib
+from oprd.data.batching import split_by_tokens
 from oprd.errors import Interrupted, ServerError, TrainingStopped
-from oprd.evaluate.run import Evaluation, evaluate, evaluation_from
-from oprd.evaluate.verify import Verifier
-from oprd.objectives.bridge import Bridge
+from oprd.evaluate.evaluate import Evaluation, Evaluator
+from oprd.files import append_jsonl, write_atomically
+from oprd.losses.chunked import logprobs_of
 from oprd.progress import Bar, console, progress_bar
+from oprd.recipe import recipe_to_yaml
 from oprd.seeds import derive_seed
-from oprd.train.build import Run, enter_next_stage
 from oprd.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from oprd.train.fit_bridge import needs_refit, refit
-from oprd.train.log import Clock, Interrupt, peak_memory_gib
-from oprd.train.processes import anywhere
-from oprd.train.record import measure_health, progress_note, some_samples, step_metrics
-from oprd.train.rollouts import rollouts_of_step, sampling_with, with_logprobs
-from oprd.train.run_folder import read_jsonl, write_atomically
+from oprd.train.interrupt import Interrupt
+from oprd.train.metrics import diagnostics, progress_note, some_samples, step_metrics
 from oprd.train.save import save_student
-from oprd.train.update import mean_of, update_step
+from oprd.train.setup import Parts
 from oprd.train.validation import validate
-from oprd.types import Rollouts
+from oprd.types import ALL_TOKENS, HiddenSpec, Rollouts, Taps, concatenate
 
 TRUNCATED_ALARM = 0.1
 """Above this share of truncated completions in a step the user is warned, once."""
@@ -36,7 +32,7 @@ TRUNCATED_ALARM = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What a finished run has to show."""
+    """The numbers of a finished run."""
 
     steps: int
     skipped_steps: int
@@ -54,260 +50,246 @@ class Progress:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
-    """Of the steps, searches of the extrapolation and new fits of a bridge included."""
+    """Of the steps, searches of the extrapolation included."""
     evaluation_seconds: float = 0.0
     generated_tokens: int = 0
-    """By the student for its steps, searches and new fits, over all processes."""
+    """By the student for its steps and searches, over all ranks."""
     warned_of_truncation: bool = False
 
 
-def train(run: Run) -> Result:
+def train(parts: Parts) -> Result:
     """Train to the last step, evaluate, save the student. Resumes where the recipe says so.
 
     Raises TrainingStopped after too many skipped steps in a row or when a teacher's server gives out, Interrupted when the
     user asked to stop.
     """
-    recipe, accelerator = run.recipe, run.accelerator
-    done = run.folder.path / "result.json"
+    recipe, ranks, done = parts.recipe, parts.ranks, parts.folder.path / "result.json"
     if recipe.resume_from_checkpoint is not None and done.is_file():
-        console.print(f"{run.folder.path} is finished already; nothing to do.")
+        console.print(f"{parts.folder.path} is finished already; nothing to do.")
         return _read_result(done)
-    progress = _start(run)
-    shown = accelerator.is_main_process
+    progress = _start(parts)
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
-        stack.callback(run.teacher.close)
-        judged = run.benchmarks or (recipe.extrapolation is not None and recipe.extrapolation.score == "accuracy")
-        verifier = stack.enter_context(Verifier(timeout_s=recipe.evaluation.verify_timeout_s)) if judged else None
+        stack.callback(parts.method.teacher.close)
+        stack.enter_context(parts.verifier)
         if recipe.eval_steps is not None and progress.step == 0:
-            _evaluate(run, progress, verifier)
-        label, ends = run.folder.path.name, recipe.last_steps()
-        bar = stack.enter_context(progress_bar(label, ends[-1], done=progress.step, shown=shown))
-        while progress.step < ends[-1]:
-            if progress.step == ends[run.stage.number]:
-                run = enter_next_stage(run)
-            if needs_refit(run, progress.step):
-                start = time.perf_counter()
-                progress.generated_tokens += refit(run, progress.step)
-                progress.seconds += time.perf_counter() - start
-            _step(run, progress, bar, verifier)
-            last = progress.step == ends[-1]
+            _evaluate(parts, progress)
+        label = parts.folder.path.name
+        bar = stack.enter_context(progress_bar(label, recipe.max_steps, done=progress.step, shown=ranks.is_main))
+        while progress.step < recipe.max_steps:
+            _step(parts, progress, bar)
+            last = progress.step == recipe.max_steps
             if recipe.eval_steps is not None and progress.step % recipe.eval_steps == 0 and not last:
-                _evaluate(run, progress, verifier)
-            stop = anywhere(run, interrupt.asked)
+                _evaluate(parts, progress)
+            stop = ranks.any_rank(interrupt.asked)
             if stop or last or progress.step % recipe.save_steps == 0:
-                _save(run, progress)
+                _save(parts, progress)
             if stop and not last:
                 raise Interrupted(f"stopped after step {progress.step}")
-        evaluations = _evaluate(run, progress, verifier)
+        evaluations = _evaluate(parts, progress)
     result = Result(
         steps=progress.step,
         skipped_steps=progress.skipped_steps,
         seconds=round(progress.seconds + progress.evaluation_seconds, 1),
         evaluations=evaluations,
     )
-    save_student(run, evaluations)
-    if accelerator.is_main_process:
-        write_atomically(done, json.dumps(dataclasses.asdict(result), indent=2))
+    save_student(parts, evaluations)
+    if ranks.is_main:
+        write_atomically(done, json.dumps(asdict(result), indent=2))
     if recipe.report_to:
-        accelerator.end_training()
-    accelerator.wait_for_everyone()
+        parts.accelerator.end_training()
+    ranks.wait()
     return result
 
 
-def _step(run: Run, progress: Progress, bar: Bar, verifier: Verifier | None) -> None:
-    """One step of the method, and its line in metrics.jsonl: one rollout, and the updates made with it."""
-    recipe, rank = run.recipe, run.accelerator.process_index
-    step, start = progress.step + 1, time.perf_counter()
-    clock = Clock(run.accelerator.device)
+def _step(parts: Parts, progress: Progress, bar: Bar) -> None:
+    """One step of the method, its search if one is due, and its line in metrics.jsonl."""
+    recipe, method, step = parts.recipe, parts.method, progress.step + 1
+    start, clock = time.perf_counter(), Clock(parts.ranks.device)
     with clock.section("rollout"):
-        written, learned = _rollouts_or_stop(run, progress)
-    weighted = any(objective.importance_weighted for objective in run.stage.objectives)
-    if recipe.rollout.updates_per_rollout > 1 and weighted and learned.sampled:
-        with clock.section("update"):
-            learned = with_logprobs(run, learned)
-    learning_rate = run.stage.scheduler.get_last_lr()[0]
-    updates = []
-    for number in range(recipe.rollout.updates_per_rollout):
-        torch.manual_seed(derive_seed(recipe.seed, "update", step, number, rank))  # dropout
-        updates.append(update_step(run, learned, clock))
-        if updates[-1].finite:
-            run.stage.scheduler.step()
-    update = mean_of(updates)
+        written, rollouts = _collect(parts, progress)
+    learning_rate = method.student.learning_rate
+    updates = _updates(parts, rollouts, step, clock)
+    update = mean_update(updates)
     progress.skipped_in_a_row = 0 if update.finite else progress.skipped_in_a_row + 1
     progress.skipped_steps += not update.finite
     progress.step = step
-    health = measure_health(run, written) if recipe.health_tokens and step % recipe.logging_steps == 0 else None
-    metrics = step_metrics(run, update, health, written) | {"train/learning_rate": learning_rate}
+    logged = step % recipe.logging_steps == 0
+    metrics = step_metrics(method, update, written, step)
+    if logged and recipe.health_tokens:
+        metrics |= diagnostics(method, written, recipe.health_tokens)
+    metrics["train/learning_rate/last"] = learning_rate
     if len(updates) > 1:
-        metrics |= {"train/skipped_updates/sum": sum(not one.finite for one in updates)}
-    searched = _extrapolate(run, step, clock, verifier)
-    metrics |= searched
-    bar.advance(1, progress_note(run.stage.objectives, update, health))
+        metrics["train/skipped_updates/sum"] = sum(not one.finite for one in updates)
+    searched = _extrapolate(parts, step, clock)
+    bar.advance(1, progress_note(method, update, metrics))
     progress.generated_tokens += int(metrics["tokens/generated/sum"] + searched.get("tokens/extrapolation/sum", 0))
     progress.seconds += time.perf_counter() - start
-    # what a search cost is never left out
-    if run.accelerator.is_main_process and (searched or step % recipe.logging_steps == 0):
-        metrics |= {
-            "train/skipped_steps/total": progress.skipped_steps,
-            "tokens/generated/total": progress.generated_tokens,
-        }
-        machine = clock.metrics() | {
-            "training_seconds/total": round(progress.seconds, 3),
-            "memory/peak_gib": round(peak_memory_gib(run.accelerator.device), 3),
-        }
-        run.folder.append(run.folder.metrics, {"step": step} | metrics | machine)
-        run.accelerator.log(metrics | machine, step=step)
-        for row in some_samples(run, written):
-            run.folder.append(run.folder.samples, {"step": step} | row)
-    _warn_of_truncation(run, progress, float(metrics["rollout/truncated/share"]))
+    if logged or searched:  # what a search cost is never left out
+        _log(parts, progress, metrics | searched, clock, written)
+    _warn_of_truncation(parts, progress, float(metrics["rollout/truncated/share"]))
     if progress.skipped_in_a_row >= recipe.max_skipped_steps:
         raise TrainingStopped(
             f"{progress.skipped_in_a_row} steps in a row had a non-finite loss or gradient, or nothing to learn on (losses "
             f"{[round(x, 4) for x in update.losses]}, gradient norm {update.grad_norm}); the last is step {step}. "
-            f"Lower learning_rate ({recipe.learning_rate}), or look at {run.folder.samples}. "
-            f"Checkpoints in {run.folder.checkpoints} are from before"
+            f"Lower learning_rate ({recipe.learning_rate}), or look at {parts.folder.samples}. "
+            f"Checkpoints in {parts.folder.checkpoints} are from before"
         )
 
 
-def _extrapolate(run: Run, step: int, clock: Clock, verifier: Verifier | None) -> dict[str, float]:
-    """Go further along the last updates, if that helps; what the step's line says about it."""
-    extrapolation = run.stage.extrapolation
-    if extrapolation is None:
-        return {}
-    config, rollout = extrapolation.config, run.recipe.rollout
-    # the answer stands at the end: completions that a schedule still cuts short would all be wrong, and every tie accepted
-    longest = rollout.max_completion_length if config.score == "accuracy" else rollout.length_at(step)
-    sampling = sampling_with(rollout, max_tokens=longest, samples=config.validation_samples)
-    with clock.section("extrapolation"):
-        found = extrapolation.after_update(step, lambda: validate(run, config, verifier, sampling, step))
-    if found is None:
-        return {}
-    if run.accelerator.is_main_process:
-        run.folder.append(run.folder.searches, found)
-    return {"extrapolation/factor": found["accepted"], "tokens/extrapolation/sum": found["tokens"]}
-
-
-def _rollouts_or_stop(run: Run, progress: Progress) -> tuple[Rollouts, Rollouts]:
-    """`_rollouts`; when a teacher's server gives out on any process, all save what was learned so far and stop."""
+def _collect(parts: Parts, progress: Progress) -> tuple[Rollouts, Rollouts]:
+    """The step's rollouts. When a teacher's server gives out on any rank, all save what was learned so far and stop."""
+    rollout, step = parts.recipe.rollout, progress.step + 1
+    sampling = rollout.sampling(samples=rollout.group_size, max_new_tokens=rollout.length_at(step))
     error: ServerError | None = None
     try:
-        both = rollouts_of_step(run, progress.step + 1)
+        both = parts.method.collect(parts.sampler.batch(step - 1), sampling, step)
     except ServerError as caught:
         error = caught
-    if not anywhere(run, error is not None):
+    if not parts.ranks.any_rank(error is not None):
         return both
-    _save(run, progress)
-    reason = str(error or "the teacher of another process gave out; its message says why").rstrip(".")
+    _save(parts, progress)
+    reason = str(error or "the teacher of another rank gave out; its message says why").rstrip(".")
     raise TrainingStopped(
-        f"{reason}. Stopped before step {progress.step + 1}; a checkpoint is in {run.folder.checkpoints}. "
+        f"{reason}. Stopped before step {step}; a checkpoint is in {parts.folder.checkpoints}. "
         "Go on with resume_from_checkpoint=latest"
     ) from None
 
 
-def _warn_of_truncation(run: Run, progress: Progress, share: float) -> None:
-    rollout = run.recipe.rollout
+def _updates(parts: Parts, rollouts: Rollouts, step: int, clock: Clock) -> list[Update]:
+    """The optimizer updates on one step's rollouts; all but the first are off-policy."""
+    method, count = parts.method, parts.recipe.rollout.updates_per_rollout
+    weighted = any(objective.importance_weighted for objective in method.student.objectives)
+    if count > 1 and weighted and rollouts.written_by == "student":
+        with clock.section("update"):
+            rollouts = _with_sampling_logprobs(parts, rollouts)
+    updates = []
+    for number in range(count):
+        torch.manual_seed(derive_seed(parts.recipe.seed, "update", step, number, parts.ranks.rank))  # dropout, redraws
+        updates.append(method.update(rollouts, step, clock))
+    return updates
+
+
+def _with_sampling_logprobs(parts: Parts, rollouts: Rollouts) -> Rollouts:
+    """The rollouts, in another order, with the log-probabilities of their tokens under the weights that sampled them.
+
+    By the trainer's own forward pass, because an engine's may differ by its precision.
+    """
+    method, spec = parts.method, HiddenSpec(block="last", at="predicting", tokens=ALL_TOKENS)
+    micros = split_by_tokens(rollouts, method.micro_batch_tokens)
+    done = []
+    for number in range(int(parts.ranks.max(len(micros)))):
+        micro = micros[number] if number < len(micros) else micros[0]  # sharded: equal passes on every rank
+        batch = method.batch(micro)
+        states = method.student.hidden(batch, Taps(hidden=(spec,), head=True))
+        assert states.head is not None
+        rows = logprobs_of(states.hidden[spec], states.head, batch.sampled_ids(ALL_TOKENS)).cpu().split(micro.lengths)
+        done.append(replace(micro, sampling_logprobs=tuple(tuple(row.tolist()) for row in rows)))
+    return concatenate(done[: len(micros)])
+
+
+def _extrapolate(parts: Parts, step: int, clock: Clock) -> dict[str, float]:
+    """Go further along the last updates, if that helps; the search's part of the step's line."""
+    extrapolation = parts.extrapolation
+    if extrapolation is None:
+        return {}
+    with clock.section("extrapolation"):
+        found = extrapolation.after_update(step, lambda: validate(parts, extrapolation.config, step))
+    if found is None:
+        return {}
+    if parts.ranks.is_main:
+        append_jsonl(parts.folder.searches, found)
+    return {"extrapolation/factor/last": found["accepted"], "tokens/extrapolation/sum": found["tokens"]}
+
+
+def _log(parts: Parts, progress: Progress, metrics: dict[str, float], clock: Clock, written: Rollouts) -> None:
+    if not parts.ranks.is_main:
+        return
+    row = metrics | {
+        "train/skipped_steps/total": progress.skipped_steps,
+        "tokens/generated/total": progress.generated_tokens,
+        **clock.metrics(),
+        "training_seconds/total": round(progress.seconds, 3),
+        "memory/peak_gib/max": round(peak_memory_gib(parts.ranks.device), 3),
+    }
+    append_jsonl(parts.folder.metrics, {"step": progress.step} | row)
+    parts.accelerator.log(row, step=progress.step)
+    for sample in some_samples(parts.method, written):
+        append_jsonl(parts.folder.samples, {"step": progress.step} | sample)
+
+
+def _warn_of_truncation(parts: Parts, progress: Progress, share: float) -> None:
+    rollout = parts.recipe.rollout
     meant = rollout.length_at(progress.step) < rollout.max_completion_length
     if share <= TRUNCATED_ALARM or progress.warned_of_truncation or meant:
         return
     progress.warned_of_truncation = True
-    if run.accelerator.is_main_process:
+    if parts.ranks.is_main:
         console.print(
             f"[yellow]{share:.0%} of the completions of step {progress.step} were cut at max_completion_length="
             f"{rollout.max_completion_length}; raise it, or the student never sees its own endings.[/]"
         )
 
 
-def _evaluate(run: Run, progress: Progress, verifier: Verifier | None) -> tuple[Evaluation, ...]:
+def _evaluate(parts: Parts, progress: Progress) -> tuple[Evaluation, ...]:
     """Every benchmark at this step, unless a resumed run finds it done."""
-    accelerator, config = run.accelerator, run.recipe.evaluation
-    known = {(row["step"], row["benchmark"]): row for row in read_jsonl(run.folder.evaluations)}
-    alone = run.engine.same_steps  # sharded weights: every process runs every forward pass, so all do all problems
-    results = []
-    for benchmark in run.benchmarks:
-        row = known.get((progress.step, benchmark.name))
-        if row is not None:
-            results.append(evaluation_from(row))
-            continue
-        assert verifier is not None
-        file = run.folder.path / "evaluations" / f"step-{progress.step:06d}" / f"{benchmark.name}.jsonl"
-        start = time.perf_counter()
-        label = f"evaluate {benchmark.name}"
-        with progress_bar(label, len(benchmark.prompts), shown=accelerator.is_main_process) as bar:
-            result = evaluate(
-                run.engine,
-                run.lm.tokenizer,
-                benchmark,
-                config,
-                verifier,
-                save_to=file if accelerator.is_main_process else None,
-                on_progress=lambda n, bar=bar: bar.advance(n * (1 if alone else accelerator.num_processes)),
-                rank=0 if alone else accelerator.process_index,
-                world_size=1 if alone else accelerator.num_processes,
-                gather=(lambda rows: rows) if alone else gather_object,
-            )
-        progress.evaluation_seconds += time.perf_counter() - start
-        results.append(result)
-        if accelerator.is_main_process:
-            cost = {"training_seconds": round(progress.seconds, 3), "generated_tokens": progress.generated_tokens}
-            run.folder.append(run.folder.evaluations, {"step": progress.step} | cost | dataclasses.asdict(result))
-            accelerator.log({f"eval/{benchmark.name}/avg_at_k": result.avg_at_k}, step=progress.step)
-    accelerator.wait_for_everyone()
-    return tuple(results)
+    start, folder = time.perf_counter(), parts.folder
+    facts = {
+        "step": progress.step,
+        "training_seconds": round(progress.seconds, 3),
+        "generated_tokens": progress.generated_tokens,
+    }
+    evaluations = Evaluator(
+        config=parts.recipe.evaluation,
+        benchmarks=parts.benchmarks,
+        engine=parts.engine,
+        tokenizer=parts.method.student.lm.tokenizer,
+        verifier=parts.verifier,
+        ranks=parts.ranks,
+        max_sequences=parts.recipe.rollout.engine.max_sequences,
+    ).run(folder.evaluations, folder.path / "evaluations" / f"step-{progress.step:06d}", facts)
+    progress.evaluation_seconds += time.perf_counter() - start
+    if parts.ranks.is_main:
+        parts.accelerator.log({f"eval/{e.benchmark}/avg_at_k": e.avg_at_k for e in evaluations}, step=progress.step)
+    return evaluations
 
 
-def _start(run: Run) -> Progress:
+def _start(parts: Parts) -> Progress:
     """Create the folder, or go back to the checkpoint that the recipe asks for."""
-    recipe, folder, accelerator = run.recipe, run.folder, run.accelerator
-    if accelerator.is_main_process:
+    recipe, folder, ranks = parts.recipe, parts.folder, parts.ranks
+    if ranks.is_main:
         folder.create(recipe)
-        for objective in (objective for stage in run.stages for objective in stage):
-            if isinstance(objective, Bridge):
-                write_atomically(folder.path / "bridge.json", json.dumps(objective.told()))
-    progress = Progress()
-    asked = recipe.resume_from_checkpoint
+        summaries = {o.name: o.summary() for o in parts.method.student.objectives if o.summary()}
+        if summaries:
+            write_atomically(folder.path / "objectives.json", json.dumps(summaries))
+    progress, asked = Progress(), recipe.resume_from_checkpoint
     found = find_checkpoint(folder.checkpoints, asked) if asked is not None else None
     if found is not None:
-        stored = load_checkpoint(
-            found,
-            accelerator=accelerator,
-            model=run.stage.model,
-            trained=run.stage.trained,
-            optimizer=run.stage.optimizer,
-            tensors=_tensors(run),
-        )
+        stored = load_checkpoint(found, parts.method.student, ranks, _tensors(parts))
         progress = Progress(**stored["progress"])
-        run.stage.scheduler.load_state_dict(stored["scheduler"])
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process and asked is not None:
+    ranks.wait()
+    if ranks.is_main and asked is not None:
         folder.cut_after(progress.step)
         if found is not None:
             console.print(f"{folder.path}: going on after step {progress.step}.", highlight=False)
     if recipe.report_to:
-        accelerator.init_trackers("oprd", config={"recipe": recipe_to_yaml(recipe)})
-    accelerator.wait_for_everyone()
+        parts.accelerator.init_trackers("oprd", config={"recipe": recipe_to_yaml(recipe)})
+    ranks.wait()
     return progress
 
 
-def _save(run: Run, progress: Progress) -> None:
+def _save(parts: Parts, progress: Progress) -> None:
     save_checkpoint(
-        run.folder.checkpoints,
-        progress.step,
-        accelerator=run.accelerator,
-        model=run.stage.model,
-        trained=run.stage.trained,
-        optimizer=run.stage.optimizer,
-        state={"progress": dataclasses.asdict(progress), "scheduler": run.stage.scheduler.state_dict()},
-        tensors=_tensors(run),
-        keep=run.recipe.save_total_limit,
-    )
+        parts.folder.checkpoints, progress.step, parts.method.student, parts.ranks,
+        state={"progress": asdict(progress)}, tensors=_tensors(parts), keep=parts.recipe.save_total_limit,
+    )  # fmt: skip
 
 
-def _tensors(run: Run) -> dict[str, torch.Tensor]:
+def _tensors(parts: Parts) -> dict[str, torch.Tensor]:
     """What a checkpoint holds beside weights and optimizer."""
-    return run.stage.extrapolation.state() if run.stage.extrapolation is not None else {}
+    return parts.extrapolation.state() if parts.extrapolation is not None else {}
 
 
 def _read_result(file: Path) -> Result:
     stored = json.loads(file.read_text(encoding="utf-8"))
-    return Result(**(stored | {"evaluations": tuple(map(evaluation_from, stored["evaluations"]))}))
+    return Result(**(stored | {"evaluations": tuple(map(Evaluation.from_row, stored["evaluations"]))}))

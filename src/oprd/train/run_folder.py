@@ -14,7 +14,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,12 +21,10 @@ from typing import Any
 
 import psutil
 import torch
-import yaml
 
-from oprd.config.models import SERVER_MAY_CHANGE
-from oprd.config.reading import parse_recipe, recipe_to_dict, recipe_to_yaml
-from oprd.config.recipe import Recipe
 from oprd.errors import RunFolderError
+from oprd.files import write_atomically
+from oprd.recipe import Recipe, parse_recipe, read_yaml, recipe_to_dict, recipe_to_yaml
 
 MAY_CHANGE = (
     "output_dir",
@@ -44,7 +41,7 @@ PACKAGES = ("oprd", "torch", "transformers", "accelerate", "peft", "datasets", "
 
 
 class RunFolder:
-    """Paths and appended files of one run. Only the main process writes."""
+    """Paths and appended files of one run. Only the main rank writes."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -69,7 +66,7 @@ class RunFolder:
                     f"{self.path} holds another run; choose another output_dir, delete it, "
                     "or continue it with resume_from_checkpoint=latest"
                 )
-            self._check_same(recipe, parse_recipe(yaml.safe_load(known.read_text(encoding="utf-8"))))
+            self._check_same(recipe, parse_recipe(read_yaml(known.read_text(encoding="utf-8"))))
         elif self.path.exists() and (not self.path.is_dir() or self._holds_other_things()):
             raise RunFolderError(f"{self.path} exists and is not a run folder; choose another output_dir")
         self._check_writable(needed_gib)
@@ -81,11 +78,6 @@ class RunFolder:
             write_atomically(self.path / "recipe.yaml", recipe_to_yaml(recipe))
             write_atomically(self.path / "run.json", json.dumps(describe_machine(), indent=2))
 
-    def append(self, file: Path, row: Mapping[str, Any]) -> None:
-        """Add one JSON line."""
-        with file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
-
     def cut_after(self, step: int) -> None:
         """Forget the lines of steps after `step`: a resumed run writes them again. A torn last line goes as well."""
         for file in (self.metrics, self.samples, self.evaluations, self.searches):
@@ -94,7 +86,7 @@ class RunFolder:
                 write_atomically(file, "".join(line + "\n" for line in kept))
 
     def _check_same(self, recipe: Recipe, earlier: Recipe) -> None:
-        now, then = (_fixed(recipe_to_dict(one)) for one in (recipe, earlier))
+        now, then = (_fixed(recipe_to_dict(one), one) for one in (recipe, earlier))
         changed = [k for k in now if k not in MAY_CHANGE and now[k] != then[k]]
         if changed:
             detail = "; ".join(f"{k}: {then[k]!r} then, {now[k]!r} now" for k in changed)
@@ -124,16 +116,6 @@ class RunFolder:
             )
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write aside, sync, rename: a reader sees the old file or the new one."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    aside.replace(path)
-
-
 def describe_machine() -> dict[str, Any]:
     """Versions, git commit of the working folder, and machine, for run.json and benchmark results."""
     return {
@@ -151,19 +133,14 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All rows of a file that this module wrote; none if it is missing."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _fixed(tree: Any) -> Any:
-    """The recipe without the keys of server teachers that may change."""
-    if not isinstance(tree, dict):
-        return tree
-    dropped = SERVER_MAY_CHANGE if tree.get("type") == "server" else ()
-    return {key: _fixed(value) for key, value in tree.items() if key not in dropped}
+def _fixed(tree: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """The recipe without the keys of its teachers that may change."""
+    teacher = tree["teacher"]
+    members = teacher.get("teachers", {"": teacher})
+    for name, config in recipe.teacher.members.items():
+        for key in config.MAY_CHANGE:
+            members[name].pop(key, None)
+    return tree
 
 
 def _step_of(line: str) -> float:

@@ -1,93 +1,87 @@
-"""How good the weights in place are on a few training prompts: what a search compares."""
+"""How good the weights in place are on a few training prompts: what a search of EffOPD compares."""
 
 import math
-from functools import partial
+from collections.abc import Sequence
 
 import torch
-from accelerate.utils import gather_object
-from torch import Tensor
 
-from oprd.config.recipe import EffOPDConfig
+from oprd.data.batching import split_by_tokens
 from oprd.data.chat import decode
-from oprd.data.collate import split_by_tokens
-from oprd.evaluate.verify import Verifier
-from oprd.rollout.base import Sampling
+from oprd.effopd import EffOPDConfig, Scores, validation_prompts
 from oprd.seeds import derive_seed
-from oprd.train.build import Run
-from oprd.train.extrapolation import Scores, validation_prompts
-from oprd.train.update import student_batch, teacher_targets
-from oprd.types import PromptBatch, Rollouts, States, TeacherTargets
+from oprd.train.setup import Parts
+from oprd.types import Rollouts
 
 
-def validate(run: Run, config: EffOPDConfig, verifier: Verifier | None, sampling: Sampling, step: int) -> Scores:
-    """Score the weights in place: one value per validation prompt, the same on every process.
+def validate(parts: Parts, config: EffOPDConfig, step: int) -> Scores:
+    """Score the weights in place: one value per validation prompt, the same on every rank.
 
-    Seeds depend on the step alone, so the candidates of one search write with the same random numbers. Processes share
-    the prompts, except under sharding, where each runs every forward pass and does all.
+    Seeds depend on the step alone, so the candidates of one search write with the same random numbers. Ranks share the
+    prompts, except under sharding, where each runs every forward pass and does all.
     """
-    rank, processes = run.accelerator.process_index, run.accelerator.num_processes
-    if run.engine.same_steps:
-        rank, processes = 0, 1
-    prompts = validation_prompts(config, run.prompts, run.recipe.seed)
-    mine = prompts[rank::processes]
+    ranks, recipe = parts.ranks, parts.recipe
+    rank, size = (0, 1) if ranks.sharded else (ranks.rank, ranks.size)
+    prompts = validation_prompts(config, parts.prompts, recipe.seed)
+    mine = prompts[rank::size]
     rows: list[tuple[int, float | None, int]] = []
     if mine:
-        seed = derive_seed(run.recipe.seed, "extrapolation", step, rank)
-        written = run.engine.generate(PromptBatch(prompts=mine), sampling, seed=seed)
-        if run.engine.same_steps:
+        seed = derive_seed(recipe.seed, "extrapolation", step, rank)
+        # the answer stands at the end: completions that a schedule still cuts short would all be wrong, and every tie accepted
+        whole, rollout = config.score == "accuracy", recipe.rollout
+        longest = rollout.max_completion_length if whole else rollout.length_at(step)
+        sampling = rollout.sampling(samples=config.validation_samples, max_new_tokens=longest)
+        written = parts.engine.generate(mine, sampling, seed=seed)
+        if ranks.sharded:
             # a last bit on another GPU can lead to another token, and then to another number of passes than the others make
-            written = gather_object([written])[0]
+            written = ranks.gather_objects([written])[0]
         if config.score == "accuracy":
-            values = _accuracies(run, written, verifier)
+            values = _accuracies(parts, written)
         else:
             with torch.random.fork_rng(devices=[]):  # an objective that draws does so alike for every candidate
                 torch.manual_seed(seed)
-                values = _minus_objective(run, written)
+                values = _minus_objective(parts, written, step)
         rows = [(prompt.row, _mean([value for row, value in values if row == prompt.row]), 0) for prompt in mine]
         rows[0] = (*rows[0][:2], sum(written.lengths))
-    gathered = gather_object(rows)[: len(prompts)]  # sharded: every process has all; the first one's count
+    gathered = ranks.gather_objects(rows)[: len(prompts)]  # sharded: every rank has all; the first one's count
     by_row = {row: value for row, value, _ in gathered}
-    values = [by_row[prompt.row] for prompt in prompts]
+    found = [by_row[prompt.row] for prompt in prompts]
     # a completion without a supervised token must not look like a perfect one
-    worst = min((value for value in values if value is not None), default=-math.inf)
+    worst = min((value for value in found if value is not None), default=-math.inf)
     return Scores(
-        values=tuple(worst if value is None else value for value in values),
+        values=tuple(worst if value is None else value for value in found),
         tokens=sum(tokens for *_, tokens in gathered),
     )
 
 
-def _accuracies(run: Run, written: Rollouts, verifier: Verifier | None) -> list[tuple[int, float | None]]:
-    """(row, 1 if right else 0) of each completion."""
-    assert verifier is not None
-    texts = [decode(run.lm.tokenizer, ids) for ids in written.completion_ids]
-    verdicts = verifier.verify(texts, [str(prompt.answer) for prompt in written.prompts])
+def _accuracies(parts: Parts, written: Rollouts) -> list[tuple[int, float | None]]:
+    """(row, 1 if correct else 0) of each completion."""
+    texts = [decode(parts.method.student.lm.tokenizer, ids) for ids in written.completion_ids]
+    verdicts = parts.verifier.verify(texts, [str(prompt.answer) for prompt in written.prompts])
     return [(prompt.row, float(verdict.correct)) for prompt, verdict in zip(written.prompts, verdicts, strict=True)]
 
 
-def _mean(values: list[float | None]) -> float | None:
+def _mean(values: Sequence[float | None]) -> float | None:
     """Of one prompt's completions; None if one of them has nothing to score."""
     known = [value for value in values if value is not None]
     return sum(known) / len(values) if len(known) == len(values) else None
 
 
-def _minus_objective(run: Run, written: Rollouts) -> list[tuple[int, float | None]]:
-    """(row, minus the weighted objectives' mean over the supervised tokens) of each completion; None without any."""
+def _minus_objective(parts: Parts, written: Rollouts, step: int) -> list[tuple[int, float | None]]:
+    """(row, minus the weighted objectives' means over the supervised tokens) of each completion; None without any."""
+    method, objectives = parts.method, parts.method.student.objectives
     rows: list[tuple[int, float | None]] = []
-    run.stage.model.eval()
-    for micro in split_by_tokens(run.teacher.prepare(written), run.recipe.micro_batch_tokens):
-        distill, then = run.stage.distill, partial(_per_token, run, teacher_targets(run, micro))
-        values = run.read(student_batch(run, micro), distill.readings, distill.uses_head, then)
+    for micro in split_by_tokens(method.annotate(written), method.micro_batch_tokens):
+        losses = method.student.evaluate(method.batch(micro), method.targets(micro))
         totals: list[float | None] = [0.0] * len(micro)
-        for objective, value in zip(run.stage.objectives, values, strict=True):
-            for i, part in enumerate(value.split(objective.supervised(micro))):
-                so_far = totals[i]
+        for objective, loss in zip(objectives, losses, strict=True):
+            counts = [objective.tokens.count(length) for length in micro.lengths]
+            weights = objective.weights(micro).to(loss)
+            for i, (values, shares) in enumerate(zip(loss.split(counts), weights.split(counts), strict=True)):
+                so_far, kept = totals[i], values[shares > 0]
                 if so_far is not None:
-                    totals[i] = so_far - objective.coefficient * float(part.double().mean()) if len(part) else None
+                    mean = float(kept.double().mean()) if len(kept) else None
+                    totals[i] = None if mean is None else so_far - objective.weight_at(step) * mean
         rows += [(prompt.row, total) for prompt, total in zip(micro.prompts, totals, strict=True)]
-    for objective in run.stage.objectives:
-        objective.tallies()  # what was counted here is not the next step's
+    for objective in objectives:
+        objective.take_metrics()  # what was counted here is not the next step's
     return rows
-
-
-def _per_token(run: Run, targets: TeacherTargets, states: States) -> list[Tensor]:
-    return [objective.per_token(states, targets).cpu() for objective in run.stage.objectives]

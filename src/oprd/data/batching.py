@@ -1,0 +1,69 @@
+"""From ragged rollouts to right-padded tensors, and into micro-batches."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from oprd.types import Batch, Rollouts
+
+
+def collate(
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    device: torch.device,
+    **annotations: Any,
+) -> Batch:
+    """Prompt and completion of each row behind each other, padded on the right to the longest. `annotations` are Batch's
+    other fields."""
+    together = zip(prompt_ids, completion_ids, strict=True)
+    rows = [torch.tensor([*prompt, *completion], dtype=torch.long) for prompt, completion in together]
+    ones = [torch.ones_like(row) for row in rows]
+    return Batch(
+        input_ids=pad_sequence(rows, batch_first=True, padding_value=pad_id).to(device),
+        attention_mask=pad_sequence(ones, batch_first=True).to(device),
+        prompt_lengths=tuple(map(len, prompt_ids)),
+        completion_lengths=tuple(map(len, completion_ids)),
+        **annotations,
+    )
+
+
+def student_batch(rollouts: Rollouts, *, pad_id: int, device: torch.device) -> Batch:
+    """The rollouts behind the student's prompts, in the student's tokens."""
+    return collate(
+        [prompt.token_ids for prompt in rollouts.prompts], rollouts.completion_ids, pad_id=pad_id, device=device,
+        alignments=rollouts.alignments, token_scores=rollouts.token_scores,
+        sampling_logprobs=rollouts.sampling_logprobs,
+    )  # fmt: skip
+
+
+def teacher_batch(rollouts: Rollouts, *, pad_id: int, device: torch.device) -> Batch:
+    """The rollouts behind the teacher's prompts, in the teacher's tokens where its tokenizer is another."""
+    prompt_ids, alignments = [prompt.teacher_token_ids for prompt in rollouts.prompts], rollouts.alignments
+    ids = rollouts.completion_ids if alignments is None else [alignment.teacher_ids for alignment in alignments]
+    return collate(prompt_ids, ids, pad_id=pad_id, device=device, alignments=alignments, reads="teacher")
+
+
+def split_by_tokens(rollouts: Rollouts, budget: int) -> list[Rollouts]:
+    """Micro-batches of at most `budget` padded positions, of one teacher each, similar lengths together.
+
+    A completion longer than the budget is a micro-batch of its own.
+    """
+    return [rollouts.take(rows) for rows in rows_by_tokens(rollouts, budget)]
+
+
+def rows_by_tokens(rollouts: Rollouts, budget: int) -> list[list[int]]:
+    """Indices of the rollouts in each micro-batch of `split_by_tokens`."""
+    sizes = [len(prompt.token_ids) + length for prompt, length in zip(rollouts.prompts, rollouts.lengths, strict=True)]
+    teachers = [prompt.teacher for prompt in rollouts.prompts]
+    groups: list[list[int]] = []
+    for i in sorted(range(len(rollouts)), key=lambda i: (teachers[i] or "", -sizes[i], i)):
+        first = groups[-1][0] if groups else None
+        if first is not None and (len(groups[-1]) + 1) * sizes[first] <= budget and teachers[first] == teachers[i]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups

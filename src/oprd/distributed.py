@@ -1,0 +1,47 @@
+"""Ranks: the only place of collectives. Without a launcher there is one rank and nothing is sent."""
+
+from collections.abc import Sequence
+from typing import Any, cast, final
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+from jaxtyping import Float
+from torch import Tensor
+
+
+@final
+class Ranks:
+    """The processes of a run. Every method is called on all of them."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self.rank = accelerator.process_index
+        self.size = accelerator.num_processes
+        self.is_main = accelerator.is_main_process
+        self.device: torch.device = accelerator.device
+        self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        """Weights are sharded: every rank has to run the same number of forward passes."""
+
+    def all_gather(self, row: Sequence[float]) -> Float[Tensor, "R n"]:
+        """The rows of all ranks, in float64, on the CPU."""
+        mine = torch.tensor([list(row)], dtype=torch.float64, device=self.device)
+        return cast(Tensor, self._accelerator.gather(mine)).cpu()
+
+    def sum(self, row: Sequence[float]) -> list[float]:
+        return self.all_gather(row).sum(0).tolist()
+
+    def max(self, value: float) -> float:
+        return float(self.all_gather([value]).max())
+
+    def any_rank(self, flag: bool) -> bool:
+        """True on every rank if it is true on one."""
+        return bool(self.max(float(flag)))
+
+    def gather_objects(self, rows: list[Any]) -> list[Any]:
+        """The lists of all ranks behind each other."""
+        return gather_object(rows)
+
+    def wait(self) -> None:
+        """Wait for every rank."""
+        self._accelerator.wait_for_everyone()

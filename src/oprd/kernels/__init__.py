@@ -1,1 +1,0 @@
-"""The math of the losses, on packed rows."""

@@ -1,0 +1,1 @@
+"""The math of the losses, on rows of supervised tokens."""

@@ -1,0 +1,1 @@
+"""Language models: tapping hidden states, generating, loading."""

@@ -1,0 +1,199 @@
+"""A causal language model in two halves: blocks that give hidden states, and an LM head that gives logits.
+
+Blocks are counted from 1. Block L is tapped after the final norm, the others before it, as in the `hidden_states` of
+Hugging Face's models. The embedding output is never used.
+"""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast, final
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from oprd.data.chat import end_of_turn, stop_ids
+from oprd.errors import ModelError
+from oprd.models.families import find_blocks, logit_rule
+from oprd.types import Batch, HiddenSpec, HiddenStates, LMHead, Taps
+
+CausalLM = PreTrainedModel | PeftModel
+"""A causal language model, alone or with an adapter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """A loaded model and its tokenizer."""
+
+    model: CausalLM
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+    @property
+    def core(self) -> PreTrainedModel:
+        """The model without its PEFT wrapper; adapters stay inside its layers."""
+        return cast(PreTrainedModel, self.model.get_base_model()) if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def backbone(self) -> nn.Module:
+        """Everything before the LM head."""
+        return self.core.base_model
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self._located[1]
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def pad_id(self) -> int:
+        """Any valid id: padded positions are masked out."""
+        return cast(int, self.tokenizer.pad_token_id) if self.tokenizer.pad_token_id is not None else 0
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Every token that ends the assistant's turn."""
+        return stop_ids(self.tokenizer, self.core.generation_config)
+
+    @cached_property
+    def end_of_turn(self) -> int:
+        """The stop token behind an assistant message that we write ourselves."""
+        return end_of_turn(self.tokenizer, self.stop_ids)
+
+    def head(self) -> LMHead:
+        """The LM head as tensors that take part in autograd. Raises ModelError when it is more than one linear map."""
+        module = self.core.get_output_embeddings()
+        if type(module) is not nn.Linear:
+            raise ModelError(
+                f"{self.name}: the LM head is {type(module).__name__}, not a plain linear map; "
+                "leave it out of LoRA's target_modules and modules_to_save, and out of quantization"
+            )
+        rule = logit_rule(self.core.config)
+        return LMHead(weight=module.weight, bias=module.bias, scale=rule.scale, softcap=rule.softcap)
+
+    def tap(self, batch: Batch, taps: Taps) -> HiddenStates:
+        """One forward pass that keeps the tapped hidden states, [N, D] each. Gradient flows where it is enabled.
+
+        Blocks above the deepest tap do not run; the LM head never does.
+        """
+        by_block: dict[int, list[HiddenSpec]] = {}
+        for spec in taps.hidden:
+            by_block.setdefault(self.block_of(spec), []).append(spec)
+        hidden: dict[HiddenSpec, Tensor] = {}
+
+        def keep(block: int, states: Tensor) -> None:
+            hidden.update({spec: batch.gather(states, spec) for spec in by_block[block]})
+
+        def hook(block: int) -> Any:
+            return lambda module, args, out: keep(block, out[0] if isinstance(out, tuple) else out)
+
+        with contextlib.ExitStack() as stack:
+            for block in by_block:
+                if block < self.num_blocks:
+                    stack.callback(self.blocks[block - 1].register_forward_hook(hook(block)).remove)
+            stack.enter_context(self._only_first(max(by_block)))
+            out = self.backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        if self.num_blocks in by_block:
+            keep(self.num_blocks, out.last_hidden_state)
+        return HiddenStates(hidden=hidden, head=self.head() if taps.head else None, batch=batch)
+
+    def block_of(self, spec: HiddenSpec) -> int:
+        return self.num_blocks if spec.block == "last" else spec.block
+
+    def freeze_unreached(self, taps: Taps) -> None:
+        """Take gradient from what the taps cannot reach, which DDP would silently leave unsynchronised: blocks above
+        the deepest, the final norm if it is not read, an untied LM head that takes no part."""
+        deepest = max(map(self.block_of, taps.hidden))
+        unreached: list[nn.Module] = list(self.blocks[deepest:])
+        if deepest < self.num_blocks:
+            parent_name, _, own_name = self._located[0].rpartition(".")
+            children = list(self.backbone.get_submodule(parent_name).named_children())
+            at = [name for name, _ in children].index(own_name)
+            unreached += [module for _, module in children[at + 1 :]]
+        head = self.core.get_output_embeddings()
+        if not taps.head and head is not None:
+            unreached.append(head)
+        embedding = {id(p) for p in self.core.get_input_embeddings().parameters()}
+        for parameter in (p for module in unreached for p in module.parameters() if id(p) not in embedding):
+            parameter.requires_grad_(False)
+
+    @property
+    def _located(self) -> tuple[str, nn.ModuleList]:
+        found = find_blocks(self.backbone)
+        if found is None:
+            raise ModelError(f"{self.name}: no list of transformer blocks found in {type(self.backbone).__name__}")
+        return found
+
+    @contextlib.contextmanager
+    def _only_first(self, deepest: int) -> Iterator[None]:
+        """Run with the first `deepest` blocks in place of all."""
+        path, blocks = self._located
+        if deepest == len(blocks):
+            yield
+            return
+        parent_name, _, own_name = path.rpartition(".")
+        parent = self.backbone.get_submodule(parent_name)
+        setattr(parent, own_name, blocks[:deepest])
+        try:
+            yield
+        finally:
+            setattr(parent, own_name, blocks)
+
+
+class Model(ABC):
+    """A model that can be tapped and can write: a frozen one, the student, or the student with its adapter off."""
+
+    lm: LanguageModel
+
+    @abstractmethod
+    def hidden(self, batch: Batch, taps: Taps) -> HiddenStates:
+        """Hidden states in evaluation mode, without gradient. The LM head comes whole, also where weights are sharded."""
+
+    @abstractmethod
+    def generate(self, **kwargs: Any) -> Tensor:
+        """transformers' generate, in evaluation mode."""
+
+
+@final
+class FrozenModel(Model):
+    """Weights that are not trained; `autocast` computes in another precision than theirs."""
+
+    def __init__(self, lm: LanguageModel, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        self.lm, self._autocast = lm, autocast
+
+    @torch.no_grad()
+    def hidden(self, batch: Batch, taps: Taps) -> HiddenStates:
+        with evaluating(self.lm.model), self._autocast():
+            return self.lm.tap(batch, taps)
+
+    @torch.no_grad()
+    def generate(self, **kwargs: Any) -> Tensor:
+        with evaluating(self.lm.model), self._autocast():
+            return cast(Any, self.lm.model).generate(**kwargs)
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether an adapter of PEFT is around or inside the model."""
+    return isinstance(model, PeftModel)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, the previous mode after, also on errors."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

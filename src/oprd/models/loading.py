@@ -1,0 +1,285 @@
+"""From names to models: what a config says before weights are loaded, loading, and what two models have in common."""
+
+import copy
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from oprd.data.chat import stop_ids
+from oprd.errors import ConfigError, ModelError
+from oprd.models.language_model import CausalLM, FrozenModel, LanguageModel, is_peft
+from oprd.section import Field, Listed, PositiveInt, Section
+from oprd.seeds import derive_seed
+from oprd.types import Capability
+
+PROBE_TEXTS = (
+    "The quick brown fox jumps over 13 lazy dogs.",
+    "  indented\n\n\ttabs and   spaces ",
+    "\\frac{1}{2} + x^{2} \\le \\boxed{42}",
+    "naïve café, 你好世界, мир, 🙂🏳️‍🌈",
+    "def f(x):\n    return x ** 2  # 0xFF",
+)
+
+
+class LoraSection(Section):
+    """Train low-rank adapters instead of the full weights (PEFT)."""
+
+    r: PositiveInt = 16
+    """Rank of each adapter."""
+    alpha: PositiveInt = 32
+    """The adapter's output is scaled by alpha / r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the adapter's input, in training."""
+    target_modules: Literal["all-linear"] | Listed[str] = "all-linear"
+    """Names of the layers that get an adapter."""
+
+
+class StudentConfig(Section):
+    """The model that is trained. Its weights are held in float32; `bf16: true` computes in bfloat16."""
+
+    model: str
+    """Folder or Hub name. An adapter's folder continues as an adapter."""
+    lora: LoraSection | None = None
+    """None: train all weights."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernel, as transformers names it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What config and tokenizer of a model say before any weights are loaded."""
+
+    name: str
+    blocks: int
+    width: int
+    vocabulary: int
+    """Rows of the embedding, padding included."""
+    context: int
+    """Tokens."""
+    parameters: int
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
+    """Every token that ends the assistant's turn."""
+
+    @classmethod
+    def read(cls, model: str | CausalLM, tokenizer: PreTrainedTokenizerBase | None = None) -> Self:
+        """Facts of a model given by folder, Hub name or object. Raises ModelError when there are none to read."""
+        name = _name_of(model)
+        try:
+            config = _config(model) if isinstance(model, str) else model.config
+            empty = _without_weights(config) if isinstance(model, str) else model
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"cannot read the config of {name!r}: {_first_line(error)}") from error
+        text = config.get_text_config()
+        tokenizer = tokenizer or load_tokenizer(name)
+        return cls(
+            name=name,
+            blocks=text.num_hidden_layers,
+            width=text.hidden_size,
+            vocabulary=text.vocab_size,
+            context=getattr(text, "max_position_embeddings", None) or 2**31,
+            parameters=sum(parameter.numel() for parameter in empty.parameters()),
+            tokenizer=tokenizer,
+            stop_ids=stop_ids(tokenizer, _generation_config(model)),
+        )
+
+
+def missing_in_common(student: ModelFacts, teacher: ModelFacts) -> Mapping[Capability, str]:
+    """What the two models do not share, with the reason: SAME_SHAPE, SAME_TOKENIZER.
+
+    Tokenizers are compared by content, not size: padded embeddings of equal content (151,936 and 152,064 rows) agree.
+    """
+    missing = {}
+    if (student.blocks, student.width) != (teacher.blocks, teacher.width):
+        missing[Capability.SAME_SHAPE] = (
+            f"the student has {student.blocks} blocks of width {student.width}, "
+            f"teacher {teacher.name} has {teacher.blocks} of width {teacher.width}"
+        )
+    difference = tokenizer_difference(student.tokenizer, teacher.tokenizer)
+    if difference is not None:
+        missing[Capability.SAME_TOKENIZER] = f"teacher {teacher.name} has {difference}"
+    return missing
+
+
+def tokenizer_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str | None:
+    """How the tokenizers differ; None if every id means the same to both and both split text the same way."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours != theirs:
+        different = sorted(set(ours.items()) ^ set(theirs.items()), key=lambda item: item[1])
+        return f"another vocabulary: {len(different)} entries differ, the first {different[0]!r}"
+    for text in PROBE_TEXTS:
+        a, b = (list(cast(list[int], t(text, add_special_tokens=False)["input_ids"])) for t in (student, teacher))
+        if a != b:
+            return f"the student's vocabulary but splits {text!r} as {b}, not {a}"
+    return None
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub name. Raises ModelError saying what was tried."""
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load a tokenizer from {model!r}: {_first_line(error)}") from error
+
+
+def load_student(config: StudentConfig, given: CausalLM | None = None, *, seed: int = 0) -> CausalLM:
+    """The student in float32, with its adapter if the recipe has one. `given` replaces loading by name, `seed` draws a new
+    adapter's weights."""
+    if given is None:
+        model = _load(
+            config.model, dtype=torch.float32, attn_implementation=config.attn_implementation, is_trainable=True
+        )
+    else:
+        model = given.float()
+    check_finite(model, config.model)
+    if config.lora is not None:
+        if isinstance(model, PeftModel):
+            raise ConfigError("student.lora is given, but the student already is a PEFT model; drop one of them")
+        model = _add_lora(model, config.lora, seed)
+    if is_peft(model):
+        _refuse_prompt_learning(model)
+    if config.gradient_checkpointing:
+        # reentrant checkpointing would run the blocks without a graph, and the tapped states would get no gradient
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        if is_peft(model):
+            model.enable_input_require_grads()
+    return model
+
+
+def load_frozen(
+    model: str | CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    quantization: Literal["8bit", "4bit"] | None = None,
+    head: bool = True,
+) -> FrozenModel:
+    """A model that is never trained, in its own dtype. `head`: whether its LM head will be used."""
+    name = _name_of(model)
+    if isinstance(model, str):
+        loaded = _load(model, dtype=dtype, attn_implementation="sdpa", quantization_config=_quantized(quantization))
+        if not head:
+            _drop_head(loaded)
+        loaded = loaded if quantization is not None else loaded.to(device)
+    else:
+        loaded = model
+    check_finite(loaded, name)
+    return FrozenModel(LanguageModel(model=loaded.eval().requires_grad_(False), tokenizer=tokenizer, name=name))
+
+
+def frozen_copy(lm: LanguageModel, device: torch.device) -> FrozenModel:
+    """The same weights, apart and frozen."""
+    model = copy.deepcopy(lm.model).eval().requires_grad_(False).to(cast(Any, device))
+    return FrozenModel(LanguageModel(model=model, tokenizer=lm.tokenizer, name=f"{lm.name} before training"))
+
+
+def check_finite(model: nn.Module, name: str) -> None:
+    """Raise ModelError naming the first weight with a NaN or infinity."""
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise ModelError(
+                f"{name}: weight {parameter_name} holds NaN or infinite values; the file is broken or was trained "
+                "through a divergence"
+            )
+
+
+def _load(model: str, **kwargs: Any) -> Any:
+    trainable = kwargs.pop("is_trainable", False)
+    try:
+        base = _base_of(model)
+        if base != model:  # an adapter on its base; trainable, it continues as an adapter
+            return PeftModel.from_pretrained(_load(base, **kwargs), model, is_trainable=trainable)
+        return AutoModelForCausalLM.from_pretrained(model, **{k: v for k, v in kwargs.items() if v is not None})
+    except ImportError as error:
+        raise ModelError(f"loading {model!r} needs a package that is not installed: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load model {model!r}: {_first_line(error)}") from error
+
+
+def _quantized(bits: Literal["8bit", "4bit"] | None) -> BitsAndBytesConfig | None:
+    if bits is None:
+        return None
+    # it says once per layer and forward pass that inputs are cast, which is what was asked for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    return BitsAndBytesConfig(load_in_8bit=bits == "8bit", load_in_4bit=bits == "4bit")
+
+
+def _drop_head(model: PreTrainedModel) -> None:
+    """Free an LM head that nothing reads, unless it is the embedding as well."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        model.set_output_embeddings(nn.Identity())
+
+
+def _add_lora(model: PreTrainedModel, config: LoraSection, seed: int) -> PeftModel:
+    targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    peft_config = LoraConfig(
+        r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "lora"))
+            return cast(PeftModel, get_peft_model(model, peft_config))
+    except ValueError as error:
+        raise ConfigError(f"student.lora: {_first_line(error)}") from error
+
+
+def _refuse_prompt_learning(model: Any) -> None:
+    for name, adapter in model.peft_config.items():
+        if adapter.is_prompt_learning:
+            raise ModelError(
+                f"adapter {name!r} is {adapter.peft_type.value}: it works by extra positions, which tapping hidden states "
+                "off the blocks would bypass. Use LoRA or full weights"
+            )
+
+
+def _config(model: str) -> Any:
+    return AutoConfig.from_pretrained(_base_of(model))
+
+
+def _generation_config(model: str | CausalLM) -> GenerationConfig | None:
+    if not isinstance(model, str):
+        return cast(Any, model).generation_config
+    try:
+        return GenerationConfig.from_pretrained(_base_of(model))
+    except OSError:  # the model has none
+        return None
+
+
+def _name_of(model: str | CausalLM) -> str:
+    """Folder or Hub name; empty for an object that came from none."""
+    return model if isinstance(model, str) else str(getattr(model, "name_or_path", None) or "")
+
+
+def _base_of(model: str) -> str:
+    """The model an adapter's folder is for; other models are their own base."""
+    adapter = Path(model) / "adapter_config.json"
+    return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else model
+
+
+def _without_weights(config: Any) -> nn.Module:
+    with torch.device("meta"):
+        return cast(nn.Module, AutoModelForCausalLM.from_config(config))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

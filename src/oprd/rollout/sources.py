@@ -1,0 +1,294 @@
+"""Who writes the trajectory that the student learns on: the student, the dataset, the teacher, or a rewrite of the student's.
+
+The rewrite is MPD, arXiv:2605.08776. Its prompt and filters are ours; none were published.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import compress
+from typing import Annotated, ClassVar, Literal, Self
+
+import torch
+from pydantic import PrivateAttr, field_validator
+from transformers import PreTrainedTokenizerBase
+
+from oprd.data.chat import decode, encode, fill
+from oprd.errors import ConfigError, DataError
+from oprd.models.generate import Sampling
+from oprd.rollout.base import RolloutEngine
+from oprd.section import Field, Section, Share
+from oprd.seeds import derive_seed
+from oprd.teacher.base import Generation, GenerationRequest, Teacher
+from oprd.types import Capability, Message, Metric, Prompt, Rollouts
+from oprd.verify.pool import Verdict, VerifierPool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceContext:
+    """What a source writes with."""
+
+    engine: RolloutEngine
+    teacher: Teacher
+    tokenizer: PreTrainedTokenizerBase
+    """The student's."""
+    end_of_turn: int
+    """Token that ends the student's turn."""
+    max_new_tokens: int
+    """Longest completion of the run."""
+    seed: int
+    rank: int
+    verifier: VerifierPool
+
+
+class Source(Section, ABC):
+    """Who writes the trajectory. `rollouts` is called once per step; `bind` gives it what it writes with."""
+
+    provides: ClassVar[frozenset[Capability]] = frozenset()
+    writes_by_teacher: ClassVar[bool] = False
+    """Asks the teacher for text."""
+
+    _context: SourceContext = PrivateAttr()
+    _metrics: tuple[Metric, ...] = PrivateAttr(default=())
+
+    def bind(self, context: SourceContext) -> Self:
+        """The source that training uses."""
+        bound = self.model_copy()
+        bound._context, bound._metrics = context, ()
+        return bound
+
+    @abstractmethod
+    def rollouts(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> tuple[Rollouts, Rollouts]:
+        """(what was written first, what is learned on); one and the same but for a rewrite."""
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Raise DataError for a prompt that nothing can be written for. Called before anything is loaded."""
+
+    def check_lengths(self, shortest: int, longest: int, *, only_teacher_text: bool) -> None:
+        """Raise ConfigError if nothing can be learned on completions of `shortest` tokens, the least limit of the run."""
+
+    def metrics(self) -> tuple[Metric, ...]:
+        """What the last step's rollouts have to report."""
+        return self._metrics
+
+    def _student_writes(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> Rollouts:
+        seed = derive_seed(self._context.seed, "rollout", step, self._context.rank)
+        return self._context.engine.generate(prompts, sampling, seed=seed)
+
+    def _dataset_writes(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollouts:
+        """The dataset's completions, ended by the stop token unless they are too long."""
+        most, end = sampling.max_new_tokens, self._context.end_of_turn
+        ids = [(*encode(self._context.tokenizer, p.completion or ""), end) for p in prompts]
+        return Rollouts(
+            prompts=tuple(prompts), completion_ids=tuple(row[:most] for row in ids),
+            finished=tuple(len(row) <= most for row in ids), written_by="dataset", max_new_tokens=most,
+        )  # fmt: skip
+
+    def _require_completions(self, prompts: Sequence[Prompt], why: str) -> None:
+        bare = next((prompt for prompt in prompts if not prompt.completion), None)
+        if bare is not None:
+            raise DataError(f"{why}, but row {bare.row} has no column 'completion'")
+
+
+class StudentSource(Source):
+    """The student writes: on-policy distillation."""
+
+    type: Literal["student"] = "student"
+    lambda_on_policy: Share = 1.0
+    """Share of steps on the student's completions; the others are on the dataset's `completion` column (GKD)."""
+
+    @property
+    def provides(self) -> frozenset[Capability]:  # type: ignore[override]
+        return frozenset({Capability.ON_POLICY} if self.lambda_on_policy == 1 else {Capability.TEACHER_TEXT})
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        if self.lambda_on_policy < 1:
+            self._require_completions(prompts, f"rollout.source.lambda_on_policy is {self.lambda_on_policy}")
+
+    def rollouts(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> tuple[Rollouts, Rollouts]:
+        draw = torch.Generator().manual_seed(derive_seed(self._context.seed, "lambda", step))
+        if float(torch.rand((), generator=draw)) < self.lambda_on_policy:
+            written = self._student_writes(prompts, sampling, step)
+        else:
+            written = self._dataset_writes(prompts, sampling)
+        return written, written
+
+
+class DatasetSource(Source):
+    """The dataset's `completion` column: off-policy distillation, or fine-tuning with objective `nll`."""
+
+    type: Literal["dataset"] = "dataset"
+
+    provides: ClassVar[frozenset[Capability]] = frozenset({Capability.TEACHER_TEXT})
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        self._require_completions(prompts, "rollout.source is 'dataset'")
+
+    def rollouts(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> tuple[Rollouts, Rollouts]:
+        written = self._dataset_writes(prompts, sampling)
+        return written, written
+
+
+class _TeacherWrites(Source):
+    """Sources that ask the teacher for text."""
+
+    sampling_temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
+    """The teacher's; 0 is greedy."""
+
+    provides: ClassVar[frozenset[Capability]] = frozenset({Capability.TEACHER_TEXT})
+    writes_by_teacher: ClassVar[bool] = True
+
+    def _ask(self, conversations: Sequence[tuple[Prompt, tuple[Message, ...]]], most: int) -> list[Generation | None]:
+        """The teacher's answer to each conversation about a prompt, of at most `most` tokens."""
+        temperature = self.sampling_temperature
+        requests = [
+            GenerationRequest(messages=turns, max_new_tokens=most, temperature=temperature, teacher=prompt.teacher)
+            for prompt, turns in conversations
+        ]
+        return [row[0] for row in self._context.teacher.generate([[request] for request in requests])]
+
+
+class TeacherSource(_TeacherWrites):
+    """The teacher answers the prompts: sequence distillation, the off-policy baseline."""
+
+    type: Literal["teacher"] = "teacher"
+
+    def rollouts(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> tuple[Rollouts, Rollouts]:
+        repeated = tuple(prompt for prompt in prompts for _ in range(sampling.samples))
+        # in the student's tokens, no longer than the student itself might write
+        most, end = min(self._context.max_new_tokens, sampling.max_new_tokens), self._context.end_of_turn
+        ids: list[tuple[int, ...]] = []
+        for answer in self._ask([(prompt, prompt.teacher_messages) for prompt in repeated], most):
+            if answer is None or not _text(answer):
+                ids.append(())
+                continue
+            ended = (end,) if answer.finished[0] else ()
+            ids.append((*encode(self._context.tokenizer, answer.texts[0]), *ended)[:most])
+        lengths = [len(row) for row in ids if row]
+        self._metrics = (
+            Metric(name="sequence/length/mean", sum=float(sum(lengths)), count=float(len(lengths))),
+            Metric(name="sequence/lost/sum", sum=float(len(ids) - len(lengths))),
+        )
+        rollouts = Rollouts(
+            prompts=repeated, completion_ids=tuple(ids), finished=tuple(bool(row) and row[-1] == end for row in ids),
+            written_by="teacher", max_new_tokens=most,
+        )  # fmt: skip
+        return rollouts, rollouts
+
+
+REASONS = ("no_answer", "wrong_answer", "no_reply", "empty", "unfinished", "longer", "other_answer")
+"""Why a completion keeps its own text, in the order of the checks. For the first two the teacher is not asked: no rewrite can
+end in the answer of a completion that has none. A rewrite of equal length is kept: once the student is brief, good
+rewrites are no shorter, and a stricter filter lets only those through that left something out."""
+
+
+class RewriteSource(_TeacherWrites):
+    """MPD: the teacher rewrites each of the student's completions more briefly.
+
+    A rewrite replaces the completion if it is finished, not longer and ends in the same final answer.
+    """
+
+    type: Literal["rewrite"] = "rewrite"
+    prompt: str = (
+        "Problem:\n{prompt}\n\nA solution by a student:\n{completion}\n\nRewrite this solution concisely. Keep the student's "
+        "approach and final answer, even if it is wrong, and keep the form in which the answer is given. Leave out "
+        "repetitions, detours and checks. Write only the rewritten solution."
+    )
+    """The user message; `{prompt}`, `{completion}` and the dataset's columns are filled in. Ours: none was published."""
+    sampling_temperature: Annotated[float, Field(ge=0, le=10)] = 0.7
+    """The teacher's. Ours."""
+    only_correct: bool = False
+    """Rewrite only completions that end in the dataset's answer. A teacher that gives text only says nothing else about
+    right and wrong: learning on rewritten mistakes, the student drifts further into its own."""
+
+    @field_validator("prompt")
+    @classmethod
+    def _has_completion(cls, value: str) -> str:
+        if "{completion}" not in value:
+            raise ValueError("the rewrite prompt must contain {completion}, the text to rewrite")
+        return value
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            self._messages(prompt, "")
+            if self.only_correct and prompt.answer is None:
+                raise DataError(
+                    f"row {prompt.row} has no answer, which rollout.source.only_correct needs; add it, or drop only_correct"
+                )
+
+    def check_lengths(self, shortest: int, longest: int, *, only_teacher_text: bool) -> None:
+        if only_teacher_text and shortest < longest:
+            raise ConfigError(
+                "a completion that length_schedule cuts before its answer is not rewritten, and objective 'nll' learns on "
+                "rewrites alone; drop length_schedule, or add an objective that learns on the student's completion as well"
+            )
+
+    def rollouts(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> tuple[Rollouts, Rollouts]:
+        written = self._student_writes(prompts, sampling, step)
+        tokenizer, verify = self._context.tokenizer, self._context.verifier.verify
+        texts = [decode(tokenizer, ids) for ids in written.completion_ids]
+        own = verify(texts, [prompt.answer or "" for prompt in written.prompts])
+        reasons = [self._not_asked(*row) for row in zip(texts, written.finished, own, strict=True)]
+        asked = [i for i, reason in enumerate(reasons) if reason is None]
+        conversations = [(written.prompts[i], self._messages(written.prompts[i], texts[i])) for i in asked]
+        answers = self._ask(conversations, self._context.max_new_tokens)
+        same = verify([_text(answer) for answer in answers], [own[i].extracted or "" for i in asked])
+        ids, finished = list(written.completion_ids), list(written.finished)
+        for i, answer, verdict in zip(asked, answers, same, strict=True):
+            rewrite = (*encode(tokenizer, _text(answer)), self._context.end_of_turn)
+            reasons[i] = _reason(answer, longer=len(rewrite) > len(ids[i]), same=verdict.correct)
+            if reasons[i] is None:
+                ids[i], finished[i] = rewrite, True
+        kept = tuple(reason is None for reason in reasons)
+        learned = replace(written, completion_ids=tuple(ids), finished=tuple(finished), rewritten=kept)
+        self._metrics = _rewrite_metrics(written, learned, kept, Counter(reasons), own)
+        return written, learned
+
+    def _messages(self, prompt: Prompt, completion: str) -> tuple[Message, ...]:
+        """The request to rewrite, behind the system message that the teacher has for this prompt."""
+        columns = dict(prompt.columns) | {"prompt": prompt.messages[-1].content, "completion": completion}
+        system = [turn for turn in prompt.teacher_messages if turn.role == "system" and turn not in prompt.messages]
+        return (*system, Message(role="user", content=fill(self.prompt, columns, key="rollout.source.prompt")))
+
+    def _not_asked(self, text: str, finished: bool, own: Verdict) -> str | None:
+        """Why no rewrite of this completion could be used."""
+        # the last number of a completion that was cut is no answer, unless it was boxed
+        if own.extracted is None or not (finished or re.search(r"\\boxed\{[^}]*\}", text)):
+            return "no_answer"
+        return "wrong_answer" if self.only_correct and not own.correct else None
+
+
+SourceConfig = Annotated[StudentSource | DatasetSource | TeacherSource | RewriteSource, Field(discriminator="type")]
+
+
+def _text(answer: Generation | None) -> str:
+    return answer.texts[0].strip() if answer is not None else ""
+
+
+def _reason(answer: Generation | None, *, longer: bool, same: bool) -> str | None:
+    """The first of REASONS that holds; None for a rewrite that is learned on."""
+    if answer is None:
+        return "no_reply"
+    if not _text(answer):
+        return "empty"
+    if not answer.finished[0]:
+        return "unfinished"
+    if longer:
+        return "longer"
+    return None if same else "other_answer"
+
+
+def _rewrite_metrics(
+    written: Rollouts, learned: Rollouts, kept: Sequence[bool], counts: Counter[str | None], own: Sequence[Verdict]
+) -> tuple[Metric, ...]:
+    known = [verdict.correct for prompt, verdict in zip(written.prompts, own, strict=True) if prompt.answer]
+    before, after = (float(sum(compress(rollouts.lengths, kept))) for rollouts in (written, learned))
+    return (
+        Metric(name="rollout/accuracy/share", sum=float(sum(known)), count=float(len(known))),
+        Metric(name="rewrite/kept/share", sum=float(sum(kept)), count=float(len(kept))),
+        Metric(name="rewrite/length/mean", sum=after, count=float(sum(kept))),
+        Metric(name="rewrite/replaced_length/mean", sum=before, count=float(sum(kept))),
+        *(Metric(name=f"rewrite/{reason}/sum", sum=float(counts[reason])) for reason in REASONS),
+    )

@@ -1,0 +1,202 @@
+# pyright: strict, reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false, reportUnknownLambdaType=false, reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
+"""The student: one object holds model, wrapper, optimizer and scheduler. Nobody else touches the wrapper."""
+
+import contextlib
+import math
+from collections.abc import Generator, Sequence
+from functools import reduce
+from operator import or_
+from typing import Any, Literal, cast, final
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers import get_scheduler
+
+from oprd.models.language_model import FrozenModel, LanguageModel, Model, evaluating
+from oprd.objectives.base import Objective
+from oprd.section import NonNegativeFloat, PositiveFloat, Rate, Section, Share
+from oprd.types import Batch, HiddenStates, LMHead, Taps, Targets
+
+
+class DistillModel(nn.Module):
+    """Everything that gets gradient. DDP and FSDP wrap this module, so the loss is computed inside its forward: around
+    a call of the bare student DDP would not reduce the gradients, without an error."""
+
+    def __init__(self, lm: LanguageModel, objectives: Sequence[Objective]) -> None:
+        super().__init__()
+        self.student = lm.model
+        self.lm = lm
+        self.objectives = tuple(objectives)
+        self.taps = reduce(or_, (objective.student_taps for objective in objectives), Taps())
+        # accelerate wraps these classes when it shards (FSDP2)
+        self._no_split_modules = lm.core._no_split_modules  # pyright: ignore[reportPrivateUsage]
+
+    def forward(self, batch: Batch, targets: Targets) -> tuple[Float[Tensor, " N"], ...]:
+        """One value per supervised token and objective. Gradient flows to the student."""
+        states = self.lm.tap(batch, self.taps)
+        return tuple(objective.per_token(states, targets) for objective in self.objectives)
+
+    @torch.no_grad()
+    def hidden(self, batch: Batch, taps: Taps) -> HiddenStates:
+        """Hidden states without gradient, called through the wrapper, where sharded weights are whole."""
+        return self.lm.tap(batch, taps)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, targets: Targets) -> tuple[Float[Tensor, " N"], ...]:
+        """`forward` without gradient."""
+        return self.forward(batch, targets)
+
+    @torch.no_grad()
+    def generate(self, **kwargs: Any) -> Tensor:
+        """transformers' generate, through the wrapper for the same reason."""
+        return cast(Any, self.student).generate(**kwargs)
+
+
+class OptimizerSection(Section):
+    """AdamW and its schedule. Names follow transformers.TrainingArguments."""
+
+    learning_rate: Rate = 1e-5
+    """The peak, after warm-up."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """Shape of the learning rate over the run."""
+    warmup_ratio: Share = 0.03
+    """Share of the updates over which the learning rate rises from 0."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's, of every trained tensor."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this norm."""
+
+
+@final
+class Student(Model):
+    """The model in training, through its DDP or FSDP wrapper."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        objectives: Sequence[Objective],
+        accelerator: Accelerator,
+        settings: OptimizerSection,
+        updates: int,
+    ) -> None:
+        """`updates`: optimizer steps of the whole run, for the learning rate's schedule."""
+        self.lm = lm
+        self._accelerator = accelerator
+        self._settings = settings
+        inner = DistillModel(lm, objectives)
+        self.objectives, self.taps = inner.objectives, inner.taps
+        lm.freeze_unreached(self.taps)
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in inner.parameters() if parameter.requires_grad],
+            lr=settings.learning_rate,
+            eps=settings.adam_epsilon,
+            weight_decay=settings.weight_decay,
+        )
+        wrapped, prepared = accelerator.prepare(inner, optimizer)
+        self.wrapper = cast(nn.Module, wrapped)
+        if isinstance(self.wrapper, FSDPModule):
+            for method in ("hidden", "evaluate", "generate"):
+                register_fsdp_forward_method(self.wrapper, method)
+        self._inner = cast(DistillModel, accelerator.unwrap_model(self.wrapper, keep_torch_compile=False))
+        self.optimizer: torch.optim.Optimizer = prepared.optimizer
+        self.scheduler = get_scheduler(
+            settings.lr_scheduler_type,
+            self.optimizer,
+            num_warmup_steps=math.ceil(settings.warmup_ratio * updates),
+            num_training_steps=updates,
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.scheduler.get_last_lr()[0])
+
+    def losses(self, batch: Batch, targets: Targets) -> tuple[Float[Tensor, " N"], ...]:
+        """One value per supervised token and objective, with gradient."""
+        self.wrapper.train()
+        return self.wrapper(batch, targets)
+
+    @contextlib.contextmanager
+    def accumulate(self, *, last: bool) -> Generator[None]:
+        """Around a micro-batch: gradients are reduced over ranks at the last one only."""
+        with contextlib.nullcontext() if last else self._accelerator.no_sync(self.wrapper):
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        # DDP and FSDP average gradients over ranks; the loss is divided by a total over all of them already
+        self._accelerator.backward(loss * self._accelerator.num_processes)
+
+    def clip_gradients(self) -> float:
+        """Clip to max_grad_norm; the norm before."""
+        norm = self._accelerator.clip_grad_norm_(self.wrapper.parameters(), self._settings.max_grad_norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else cast(Tensor, norm))
+
+    def optimizer_step(self, *, skip: bool = False) -> None:
+        """Update the weights and the learning rate unless `skip`, and drop the gradients."""
+        if not skip:
+            self.optimizer.step()
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+
+    def hidden(self, batch: Batch, taps: Taps) -> HiddenStates:
+        # the LM head of sharded weights is a shard again once the wrapper's forward has ended
+        with evaluating(self.wrapper), self._accelerator.autocast():
+            states = self._entry.hidden(batch, Taps(hidden=taps.hidden))
+        head = _whole(self.lm.head()) if taps.head else None
+        return HiddenStates(hidden=states.hidden, head=head, batch=batch)
+
+    def evaluate(self, batch: Batch, targets: Targets) -> tuple[Float[Tensor, " N"], ...]:
+        """`losses` in evaluation mode, without gradient."""
+        with evaluating(self.wrapper), self._accelerator.autocast():
+            return self._entry.evaluate(batch, targets)
+
+    def generate(self, **kwargs: Any) -> Tensor:
+        with evaluating(self.wrapper), self._accelerator.autocast():
+            return self._entry.generate(**kwargs)
+
+    def reshard(self) -> None:
+        """Let go of gathered copies: after weights were written, FSDP would go on using them in place of the shards."""
+        for module in self.wrapper.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    @property
+    def _entry(self) -> DistillModel:
+        """Where forward methods are called: FSDP hooks them on the wrapper; DDP only hooks `forward`."""
+        return cast(DistillModel, self.wrapper) if isinstance(self.wrapper, FSDPModule) else self._inner
+
+
+@final
+class InitialStudent(Model):
+    """The student before training: a frozen copy, or the student with its adapter off. Usable once it is attached."""
+
+    def attach(self, student: Student, copy: FrozenModel | None) -> None:
+        """`copy` is None for a student with an adapter."""
+        self._model: Model = student if copy is None else copy
+        self.lm = self._model.lm
+        adapter_off: Any = cast(Any, self.lm.model).disable_adapter if copy is None else contextlib.nullcontext
+        self._before_training = adapter_off
+
+    def hidden(self, batch: Batch, taps: Taps) -> HiddenStates:
+        with self._before_training():
+            return self._model.hidden(batch, taps)
+
+    def generate(self, **kwargs: Any) -> Tensor:
+        with self._before_training():
+            return self._model.generate(**kwargs)
+
+
+@torch.no_grad()
+def _whole(head: LMHead) -> LMHead:
+    """The LM head with sharded tensors gathered, detached."""
+    parts = (head.weight, head.bias)
+    weight, bias = (x.full_tensor() if isinstance(x, DTensor) else x for x in parts)
+    assert weight is not None
+    return LMHead(
+        weight=weight.detach(), bias=None if bias is None else bias.detach(), scale=head.scale, softcap=head.softcap
+    )

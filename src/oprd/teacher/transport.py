@@ -1,0 +1,290 @@
+"""Requests to an OpenAI-compatible server: many at once, retried, never paid twice, never beyond the budget."""
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+import urllib.parse
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any, final
+
+import httpx2
+import openai
+from pydantic import ConfigDict, model_validator
+
+from oprd.errors import ConfigError, ServerError
+from oprd.section import Listed, NonNegativeFloat, NonNegativeInt, PositiveInt, Rate, Section
+from oprd.teacher.exchange import BadResponseError, Request, Response, Tokens, UsageLog, read_response
+from oprd.types import Metric
+
+MAX_LOST_SHARE = 0.1
+"""Above this share of lost requests in a step the run stops instead of training on the rest."""
+# statuses that concern one request, such as one too long for the server; other 4xx concern every request
+REFUSED_REQUEST = frozenset({400, 413, 422})
+# statuses after which the model may have generated everything all the same
+UNKNOWN_OUTCOME = frozenset({408, 502, 504})
+NO_CONNECTION = "no connection", "Is it running, is base_url right? Start it and resume: nothing is paid twice"
+
+
+class ServerSection(Section):
+    """How a server is reached, and what may be spent on it."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)  # someone may write the key itself in place of its name
+
+    base_url: str
+    """`http://localhost:8000/v1`."""
+    model: str
+    """The name the server knows the model by."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key; the key itself is written nowhere."""
+    concurrency: PositiveInt = 32
+    """Requests under way at once, on one process."""
+    timeout_s: Rate = 120.0
+    """Of one request."""
+    step_timeout_s: Rate = 1800.0
+    """Of all requests of a step; those without a response by then are lost."""
+    max_retries: NonNegativeInt = 6
+    """Of one request, with the pauses of the `openai` package: 0.5 s, doubled up to 8 s, or what Retry-After asks for."""
+    price_per_million: Listed[NonNegativeFloat] | None = None
+    """[prompt, completion]: prices of a million tokens, in any currency."""
+    max_requests: PositiveInt | None = None
+    """Budgets of the run over all its starts and processes, retries included; it stops before it passes one."""
+    max_tokens: PositiveInt | None = None
+    """Prompt and completion tokens."""
+    max_cost: Rate | None = None
+    """In the currency of `price_per_million`."""
+
+    @model_validator(mode="after")
+    def _check_server(self) -> "ServerSection":
+        address = urllib.parse.urlsplit(self.base_url)
+        if address.scheme not in {"http", "https"} or not address.hostname or "@" in address.netloc:
+            raise ValueError("base_url must look like http://host:port/v1, without a password in it")
+        if self.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
+            raise ValueError("api_key_env must be the name of an environment variable, such as OPENAI_API_KEY")
+        if self.price_per_million is not None and len(self.price_per_million) != 2:
+            raise ValueError("price_per_million must be two prices: [prompt, completion]")
+        if self.max_cost is not None and not any(self.price_per_million or ()):
+            raise ValueError("max_cost needs price_per_million: [prompt, completion]")
+        return self
+
+    def amounts(self, requests: int, prompt: int, completion: int) -> dict[str, float]:
+        """Requests and tokens in the units of the budgets, by their field names."""
+        prices = self.price_per_million or (0.0, 0.0)
+        cost = (prompt * prices[0] + completion * prices[1]) / 1e6
+        return {"max_requests": float(requests), "max_tokens": float(prompt + completion), "max_cost": cost}
+
+
+@dataclass(slots=True, kw_only=True)
+class _Draft:
+    """A request under way. Without a key its response is not cached."""
+
+    request: Request
+    key: str | None
+    seed: int
+    attempts: int = 0
+    response: Response | None = None
+    failure: tuple[str, str]
+    """Why there is no response, and what to do about it where that concerns every request."""
+
+
+@final
+class Transport:
+    """Sends the requests of a step; one for each teacher and process. `account`: its row in the usage log."""
+
+    def __init__(
+        self, server: ServerSection, *, cache: Path, account: tuple[str, str, int], world_size: int = 1, seed: int = 0
+    ) -> None:
+        self._server, self._cache, self._account, self._seed = server, cache, account, seed
+        self._key = None if server.api_key_env is None else os.environ.get(server.api_key_env, "")
+        if self._key == "":
+            raise ConfigError(f"api_key_env names the environment variable {server.api_key_env}, which is not set")
+        self._counts: Counter[str] = Counter()
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with closing(UsageLog(cache, account)) as log:
+            own, everyone = server.amounts(*log.spent()), server.amounts(*log.spent(by_all=True))
+        # an equal part of what is left, so that no rank has to know what the others spend from here on
+        self._limits = {
+            name: own[name] + (limit - everyone[name]) / world_size for name in own if (limit := getattr(server, name))
+        }
+
+    def send(self, chains: Sequence[Sequence[Request]]) -> list[list[Response | None]]:
+        """The response to every request, None where it was lost. Requests of a chain go one after the other.
+
+        Raises ServerError when nothing more can be had or paid, or too many were lost; those under way are waited for.
+        """
+        drafts = self._run(chains, self._counts, cached=True)
+        lost = Counter(draft.failure[0] for chain in drafts for draft in chain if draft.response is None)
+        total, asked = lost.total(), sum(map(len, chains))
+        self._counts["lost"] += total
+        if total > MAX_LOST_SHARE * asked:
+            why = ", ".join(f"{count} x {reason}" for reason, count in lost.most_common(3))
+            raise ServerError(
+                f"{self._server.base_url}: {total} of {asked} responses of this step were lost ({why}); allowed is a "
+                f"share of {MAX_LOST_SHARE}. Look at the server's log, then resume: what was answered is kept"
+            )
+        return [[draft.response for draft in chain] for chain in drafts]
+
+    def probe(self, request: Request, *, advice: str) -> Response:
+        """The server's response of today, past the cache, for the checks at start. Raises ServerError with the advice."""
+        ((draft,),) = self._run([[request]], Counter(), cached=False)
+        if draft.response is None:
+            failed = f"does not answer a check at start as it should: {draft.failure[0]}"
+            raise ServerError(f"{self._server.base_url} {failed}. {advice}")
+        return draft.response
+
+    def metrics(self) -> tuple[Metric, ...]:
+        """What was sent since the last call."""
+        counts, self._counts = self._counts, Counter()
+        cost = self._server.amounts(0, counts["prompt_tokens"], counts["completion_tokens"])["max_cost"]
+        names = ("requests", "retries", "cache_hits", "lost", "prompt_tokens", "completion_tokens")
+        values = {name: float(counts[name]) for name in names} | {"cost": cost}
+        return tuple(Metric(name=f"teacher/{name}/sum", sum=value) for name, value in values.items())
+
+    def _run(self, chains: Sequence[Sequence[Request]], counts: Counter[str], *, cached: bool) -> list[list[_Draft]]:
+        seen: Counter[str] = Counter()
+        drafts = [[self._draft(request, seen, cached=cached) for request in chain] for chain in chains]
+        # a notebook's thread has a loop already; threads of a ThreadPool are daemons, so Ctrl-C does not wait for them
+        with closing(UsageLog(self._cache, self._account)) as log, ThreadPool(1) as pool:
+            step = _Step(self._server, self._key, log, self._limits, counts)
+            pool.apply(lambda: asyncio.run(step.run(drafts)))
+        if step.stop is not None:
+            raise ServerError(step.stop)
+        return drafts
+
+    def _draft(self, request: Request, seen: Counter[str], *, cached: bool) -> _Draft:
+        """The request with key and seed. Equal requests of one step (`seen`) are different draws."""
+        # two servers can know different weights by one model name
+        model = [self._server.model, self._account[1]] if self._account[1] else self._server.model
+        content = json.dumps([model, request.endpoint, request.body, request.samples, self._seed], sort_keys=True)
+        digest = hashlib.sha256(f"{content}#{seen[content]}".encode()).digest()
+        seen[content] += 1
+        seed = int.from_bytes(digest[:4], "big") >> 1  # 31 bits: what every server takes
+        late = f"no response within step_timeout_s={self._server.step_timeout_s:g}"
+        return _Draft(request=request, key=digest.hex() if cached else None, seed=seed, failure=(late, ""))
+
+
+_DRAFT: ContextVar[_Draft] = ContextVar("draft")  # what this asyncio task is sending
+
+
+class _Step(openai.DefaultAsyncHttpxClient):
+    """The requests of one step. The openai client sends every attempt, retries included, through `send`."""
+
+    def __init__(
+        self, server: ServerSection, key: str | None, log: UsageLog, limits: Mapping[str, float], counts: Counter[str]
+    ) -> None:
+        super().__init__()
+        self._server, self._key, self._log, self._budgets, self._counts = server, key, log, limits, counts
+        self._free, self._settled = asyncio.Semaphore(server.concurrency), asyncio.Event()
+        self._under_way = 0
+        self.stop: str | None = None
+
+    async def run(self, chains: Sequence[Sequence[_Draft]]) -> None:
+        """Put a response into every draft that gets one; `stop` says why nothing more is sent."""
+        server = self._server
+        async with openai.AsyncOpenAI(
+            base_url=server.base_url, api_key=self._key or "none", max_retries=server.max_retries, timeout=None,
+            http_client=self,
+        ) as api:  # fmt: skip
+            with suppress(TimeoutError):
+                async with asyncio.timeout(server.step_timeout_s), asyncio.TaskGroup() as tasks:
+                    for chain in chains:
+                        tasks.create_task(self._chain(api, chain))
+
+    async def _chain(self, api: openai.AsyncOpenAI, chain: Sequence[_Draft]) -> None:
+        async with self._free:  # a chain is finished once it is begun: its prefixes come while the server has them
+            for draft in chain:
+                if (known := self._log.find(draft.key)) is None:
+                    await self._ask(api, draft)
+                else:
+                    draft.response = read_response(known, draft.request)
+                    self._counts["cache_hits"] += 1
+
+    async def _ask(self, api: openai.AsyncOpenAI, draft: _Draft) -> None:
+        _DRAFT.set(draft)
+        path = "/completions" if draft.request.endpoint == "completions" else "/chat/completions"
+        body = {"model": self._server.model, **draft.request.body, "seed": draft.seed}
+        try:
+            # by the key alone, without an admin key that the environment may hold
+            await api.post(path, cast_to=httpx2.Response, body=body, options={"security": {"bearer_auth": True}})
+        except openai.OpenAIError:
+            what, advice = draft.failure
+            if advice and self.stop is None:
+                self.stop = f"{self._server.base_url}: {what}. {advice}"
+
+    async def send(self, request: httpx2.Request, **kwargs: Any) -> httpx2.Response:
+        """One attempt. Its upper bound is booked before, and corrected where it is known what it has cost."""
+        draft, body = _DRAFT.get(), None
+        bound = used = draft.request.upper_bound
+        await self._reserve(bound)
+        self._counts.update(requests=1, retries=int(draft.attempts > 0))
+        draft.attempts += 1
+        try:
+            async with asyncio.timeout(self._server.timeout_s):
+                answer = await super().send(request, **kwargs)
+            if answer.is_success:
+                draft.response, body = read_response(answer.text, draft.request), answer.text
+                used = draft.response.used
+            else:
+                draft.failure = self._explain(answer)
+                used = bound if answer.status_code in UNKNOWN_OUTCOME else Tokens(0, 0)
+        except BadResponseError as error:
+            draft.failure, used = (str(error), ""), error.used
+            if not error.final:
+                raise httpx2.RequestError("") from None  # which the client retries
+        except TimeoutError:
+            draft.failure = f"no response within timeout_s={self._server.timeout_s:g}", ""
+            raise httpx2.ReadTimeout("") from None
+        except httpx2.RequestError as error:
+            draft.failure = f"the connection broke ({type(error).__name__})", ""
+            if isinstance(error, httpx2.ConnectError):
+                draft.failure, used = NO_CONNECTION, Tokens(0, 0)
+            raise
+        finally:
+            self._under_way -= 1
+            self._settled.set()
+            self._counts.update(prompt_tokens=used.prompt, completion_tokens=used.completion)
+            self._log.add(0, (used.prompt - bound.prompt, used.completion - bound.completion), draft.key, body)
+        return answer
+
+    async def _reserve(self, bound: Tokens) -> None:
+        """Book an attempt before it is sent. If it could pass a budget, wait until those under way turn out cheaper."""
+        while self.stop is None:
+            requests, prompt, completion = self._log.spent()
+            would = self._server.amounts(requests + 1, prompt + bound.prompt, completion + bound.completion)
+            passed = [name for name, limit in self._budgets.items() if would[name] > limit]
+            if not passed:
+                self._under_way += 1
+                self._log.add(1, bound)
+                return
+            if self._under_way:
+                self._settled.clear()
+                await self._settled.wait()
+            else:
+                budget = f"{passed[0]}={getattr(self._server, passed[0])}"
+                self.stop = (
+                    f"{self._server.base_url}: the next request could pass {budget}. Raise it and resume, or stop here: "
+                    "the last checkpoint has all that was learned, and nothing is paid twice"
+                )
+        raise openai.OpenAIError(self.stop)  # which the client does not retry
+
+    def _explain(self, answer: httpx2.Response) -> tuple[str, str]:
+        """What a status says went wrong, and what to do about it where that concerns every request."""
+        status, said = answer.status_code, answer.text
+        if self._key:
+            said = said.replace(self._key, "[key]")  # before the cut, which would leave a part of it
+        said = f"HTTP {status}: {' '.join(said.split())[:200]}"
+        if status == 429:
+            said = f"too many requests, {said} (Retry-After: {answer.headers.get('retry-after', 'none')})"
+            return said, "Lower concurrency or wait, then resume: nothing is paid twice"
+        if status in {401, 403}:
+            name = self._server.api_key_env
+            return said, f"Check the key in the environment variable that api_key_env names ({name})"
+        passes = status >= 500 or status in REFUSED_REQUEST | {408, 409}
+        return said, "" if passes else "The server refuses what this recipe asks for"

@@ -1,0 +1,146 @@
+"""What a step leaves behind: its line in metrics.jsonl, sample completions, the note on the bar.
+
+The diagnostics are those of arXiv:2604.13016: does the student come nearer to the teacher, and how? They are taken without
+gradient on a few tokens, so that they can be on at every step whatever the objective.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch.nn.functional import cosine_similarity
+
+from oprd.algorithm import Distillation, Update, term_names
+from oprd.data.chat import decode
+from oprd.distributed import Ranks
+from oprd.losses.chunked import logits
+from oprd.losses.divergences import entropy, shared, token_logprobs
+from oprd.types import ALL_TOKENS, HiddenSpec, HiddenStates, Metric, Rollouts, Taps
+
+OVERLAP_K = 16
+"""Size of the top-k sets that are compared, as in arXiv:2604.13016."""
+MIN_COMPLETIONS = 4
+SAMPLES_PER_STEP = 2
+
+
+def step_metrics(method: Distillation, update: Update, written: Rollouts, step: int) -> dict[str, float]:
+    """The step's line but for what depends on the machine: equal bit for bit when a run is repeated on one rank."""
+    lengths = written.lengths
+    empty = sum(length == 0 or (length == 1 and done) for length, done in zip(lengths, written.finished, strict=True))
+    mine = [len(written), sum(lengths), sum(not done for done in written.finished), empty]
+    completions, tokens, truncated, empties = method.ranks.sum([float(x) for x in mine])
+    objectives = method.student.objectives
+    metrics = (
+        *method.source.metrics(),
+        *method.teacher.metrics(),
+        *(metric for objective in objectives for metric in objective.take_metrics()),
+    )
+    weighted = sum(o.weight_at(step) * loss for o, loss in zip(objectives, update.losses, strict=True))
+    return {
+        "train/loss/mean": weighted,
+        **{f"train/{name}/mean": x for name, x in zip(term_names(objectives), update.losses, strict=True)},
+        "train/grad_norm/mean": update.grad_norm,
+        "tokens/generated/sum": int(tokens) if written.written_by == "student" else 0,
+        "tokens/supervised/sum": max(update.supervised),
+        "rollout/length/mean": tokens / completions,
+        "rollout/truncated/share": truncated / completions,
+        "rollout/empty/share": empties / completions,
+        **add_up(metrics, method.ranks),
+    }
+
+
+def add_up(metrics: Sequence[Metric], ranks: Ranks) -> dict[str, float]:
+    """The metrics over all ranks by name, equal names (of several teachers) added up; a share of nothing is left out."""
+    values = ranks.sum([x for metric in metrics for x in (metric.sum, metric.count or 0.0)]) if metrics else []
+    sums: dict[str, tuple[float, float]] = {}
+    for metric, total, count in zip(metrics, values[::2], values[1::2], strict=True):
+        before = sums.get(metric.name, (0.0, 0.0))
+        sums[metric.name] = before[0] + total, before[1] + count
+    plain = {metric.name for metric in metrics if metric.count is None}
+    return {name: s if name in plain else s / n for name, (s, n) in sums.items() if name in plain or n}
+
+
+def diagnostics(method: Distillation, rollouts: Rollouts, tokens: int) -> dict[str, float]:
+    """Means over a few tokens of these rollouts, over all ranks; empty without a token.
+
+    A teacher counts in what compares: states of the same blocks and width, distributions over the same vocabulary.
+    """
+    sample, student = _sample(rollouts, tokens), method.student
+    blocks = range(1, student.lm.num_blocks + 1)
+    at_tokens = tuple(HiddenSpec(block=b, at="token", tokens=ALL_TOKENS) for b in blocks)
+    specs = (*at_tokens, HiddenSpec(block="last", at="predicting", tokens=ALL_TOKENS))
+    comparable = method.teacher.comparable(sample, specs)
+    teacher = method.teacher.targets(sample, Taps(hidden=comparable, head=True)).teacher if comparable else None
+    sums = _measure(student.hidden(method.batch(sample), Taps(hidden=specs, head=True)), teacher)
+    *cosine, with_cosine, overlap, teacher_entropy, ratio, compared, own_entropy, count = method.ranks.sum(sums)
+    if not count:
+        return {}
+    found = {f"health/cosine_block_{i:02d}/mean": x / with_cosine for i, x in enumerate(cosine, 1) if with_cosine}
+    found["health/student_entropy/mean"] = own_entropy / count
+    if compared:
+        found |= {
+            f"health/top_{OVERLAP_K}_overlap/mean": overlap / compared,
+            "health/teacher_entropy/mean": teacher_entropy / compared,
+            "health/entropy_gap/mean": teacher_entropy / compared - own_entropy / count,
+            "health/sampled_reverse_kl/mean": ratio / compared,
+        }
+    return found
+
+
+def some_samples(method: Distillation, rollouts: Rollouts) -> list[dict[str, Any]]:
+    """The first completion of the first prompts of the step, as text."""
+    size = len(rollouts) // len({prompt.row for prompt in rollouts.prompts})
+    return [
+        {
+            "row": rollouts.prompts[i].row,
+            "prompt": rollouts.prompts[i].messages[-1].content,
+            "completion": decode(method.student.lm.tokenizer, rollouts.completion_ids[i], special=True),
+            "finished": rollouts.finished[i],
+            "length": len(rollouts.completion_ids[i]),
+        }
+        for i in range(0, len(rollouts), size)[:SAMPLES_PER_STEP]
+    ]
+
+
+def progress_note(method: Distillation, update: Update, metrics: dict[str, float]) -> str:
+    """The text beside the bar."""
+    names = term_names(method.student.objectives)
+    losses = " ".join(f"{name} {x:.4f}" for name, x in zip(names, update.losses, strict=True))
+    overlap = metrics.get(f"health/top_{OVERLAP_K}_overlap/mean")
+    return losses + ("" if overlap is None else f" overlap {overlap:.2f}") + ("" if update.finite else " SKIPPED")
+
+
+def _sample(rollouts: Rollouts, tokens: int) -> Rollouts:
+    """A few completions of one teacher, cut so that they have at most `tokens` tokens together."""
+    rows = [i for i, p in enumerate(rollouts.prompts) if p.teacher == rollouts.prompts[0].teacher]
+    mean_length = max(1, sum(rollouts.lengths[i] for i in rows) // len(rows))
+    wanted = max(MIN_COMPLETIONS, tokens // mean_length)
+    some = rollouts.take(rows[:: max(1, len(rows) // wanted)][:wanted])
+    room = max(1, tokens // len(some))
+    bare = Rollouts(prompts=some.prompts, completion_ids=some.completion_ids, finished=some.finished)
+    return replace(bare, completion_ids=tuple(ids[:room] for ids in some.completion_ids))
+
+
+def _measure(student: HiddenStates, teacher: HiddenStates | None) -> list[float]:
+    """blocks + 7 sums over tokens: cosine of each block, tokens with cosines, overlap, the teacher's entropy, log p - log q,
+    tokens with these, the student's entropy, tokens. As many whatever compares, so that the sums of ranks add up."""
+    predicting = next(spec for spec in student.hidden if spec.at == "predicting")
+    at_tokens = sorted((spec for spec in student.hidden if spec.at == "token"), key=lambda spec: int(spec.block))
+    assert student.head is not None
+    ids = student.batch.sampled_ids(ALL_TOKENS)
+    count = float(len(ids))
+    own = logits(student.hidden[predicting], student.head)
+    cosines, agreement = [0.0] * (len(at_tokens) + 1), [0.0] * 4
+    if teacher is not None and at_tokens[0] in teacher.hidden:
+        pairs = [(student.hidden[s].float(), teacher.hidden[s].to(student.hidden[s]).float()) for s in at_tokens]
+        cosines = [*(float(cosine_similarity(ours, theirs, dim=-1).sum()) for ours, theirs in pairs), count]
+    if teacher is not None:
+        assert teacher.head is not None
+        vocabulary = min(len(student.head.weight), len(teacher.head.weight))
+        p = own[:, :vocabulary]
+        q = logits(teacher.hidden[predicting].to(p.device), teacher.head.first_rows(vocabulary))
+        k = min(OVERLAP_K, vocabulary)
+        overlap = shared(p.topk(k).indices, q.topk(k).indices).float().mean(-1)
+        ratio = token_logprobs(p, ids) - token_logprobs(q, ids)
+        agreement = [float(overlap.sum()), float(entropy(q).sum()), float(ratio.sum()), count]
+    return [*cosines, *agreement, float(entropy(own).sum()), count]

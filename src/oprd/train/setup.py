@@ -1,0 +1,307 @@
+"""From a recipe to the parts of a run: everything cheap is checked first, then servers are asked, then models are loaded."""
+
+import os
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from transformers import PreTrainedTokenizerBase
+
+from oprd.algorithm import Distillation
+from oprd.data.prompts import PromptSampler, load_prompts
+from oprd.distributed import Ranks
+from oprd.effopd import Extrapolation, validation_prompts
+from oprd.errors import ConfigError, DataError
+from oprd.evaluate.benchmarks import Benchmark, load_benchmarks
+from oprd.models.language_model import CausalLM, LanguageModel, Model, is_peft
+from oprd.models.loading import ModelFacts, frozen_copy, load_frozen, load_student
+from oprd.objectives.base import Objective, check_pair
+from oprd.recipe import Recipe
+from oprd.rollout.base import RolloutEngine
+from oprd.rollout.sources import SourceContext
+from oprd.student import InitialStudent, Student
+from oprd.teacher.base import Needs, TeacherContext, TeacherFacts
+from oprd.teacher.local import LocalTeacher, Reference
+from oprd.train.checkpoint import find_checkpoint
+from oprd.train.run_folder import RunFolder
+from oprd.types import Capability, Prompt, Taps
+from oprd.verify.pool import VerifierPool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """Objects handed over from Python in place of names in the recipe."""
+
+    student: CausalLM | None = None
+    teacher: CausalLM | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+    prompts: datasets.Dataset | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """What the cheap checks have read."""
+
+    student: ModelFacts
+    teacher: TeacherFacts
+    objectives: tuple[Objective, ...]
+    """Bound to the student."""
+    prompts: tuple[Prompt, ...]
+    benchmarks: tuple[Benchmark, ...]
+    context: TeacherContext
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A run that is ready to go."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    ranks: Ranks
+    folder: RunFolder
+    method: Distillation
+    engine: RolloutEngine
+    prompts: tuple[Prompt, ...]
+    sampler: PromptSampler
+    benchmarks: tuple[Benchmark, ...]
+    extrapolation: Extrapolation | None
+    verifier: VerifierPool
+
+
+def setup(recipe: Recipe, given: Given | None = None) -> Parts:
+    """Check, ask, load, wrap. Raises an OprdError for what a user can mend."""
+    given = given or Given()
+    accelerator = open_accelerator(recipe)
+    ranks, initial = Ranks(accelerator), InitialStudent()
+    checked = check(recipe, given, ranks, initial)
+    ranks.wait()
+    teacher = recipe.teacher.build(checked.teacher, checked.context)
+    student = _load_student(recipe, given, checked, accelerator, initial)
+    for objective in checked.objectives:
+        objective.check_models(student.lm, teacher.model.lm if isinstance(teacher, LocalTeacher) else None)
+    verifier, rollout = VerifierPool(), recipe.rollout
+    engine = rollout.engine.build(student, synced_gpus=ranks.sharded)
+    source = rollout.source.bind(
+        SourceContext(
+            engine=engine, teacher=teacher, tokenizer=student.lm.tokenizer, end_of_turn=student.lm.end_of_turn,
+            max_new_tokens=rollout.max_completion_length, seed=recipe.seed, rank=ranks.rank, verifier=verifier,
+        )
+    )  # fmt: skip
+    method = Distillation(
+        source=source,
+        teacher=teacher,
+        reference=_reference(checked, initial, ranks.device),
+        student=student,
+        ranks=ranks,
+        micro_batch_tokens=recipe.micro_batch_tokens,
+    )
+    sampler = PromptSampler(
+        checked.prompts, per_step=recipe.prompts_per_step, seed=recipe.seed, rank=ranks.rank, world_size=ranks.size
+    )
+    config = recipe.extrapolation
+    return Parts(
+        recipe=recipe,
+        accelerator=accelerator,
+        ranks=ranks,
+        folder=RunFolder(recipe.output_dir),
+        method=method,
+        engine=engine,
+        prompts=checked.prompts,
+        sampler=sampler,
+        benchmarks=checked.benchmarks,
+        extrapolation=None if config is None else Extrapolation(config, student.lm, ranks, student.reshard),
+        verifier=verifier,
+    )
+
+
+def open_accelerator(recipe: Recipe) -> Accelerator:
+    """The launcher's processes, in the recipe's precision. Raises ConfigError where each would train alone."""
+    # accelerate keeps its first precision for the whole process; a second run in one process has its own recipe
+    AcceleratorState._reset_state()
+    # the recipe says it all: a launcher's mixed precision setting is not looked at
+    accelerator = Accelerator(
+        mixed_precision="bf16" if recipe.bf16 else "no",
+        log_with=list(recipe.report_to) or None,
+        project_dir=recipe.output_dir,
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ConfigError(
+            f"{launched} processes were launched, but each would train alone (accelerate sees "
+            f"{accelerator.num_processes}); on a machine without a GPU set ACCELERATE_USE_CPU=true"
+        )
+    return accelerator
+
+
+def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -> Checked:
+    """Everything that can be known before weights are loaded. Raises an OprdError for the first thing that is wrong."""
+    folder = RunFolder(recipe.output_dir)
+    model = given.student if given.student is not None else recipe.student.model
+    student = ModelFacts.read(model, given.tokenizer)
+    folder.check(recipe, needed_gib=_disk_gib(recipe, student))
+    if recipe.resume_from_checkpoint is not None:
+        find_checkpoint(folder.checkpoints, recipe.resume_from_checkpoint)
+    if recipe.prompts_per_step % ranks.size:
+        raise ConfigError(
+            f"prompts_per_step is {recipe.prompts_per_step}, the processes are {ranks.size}; make it a multiple"
+        )
+    if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise ConfigError("bf16 is true, but this GPU does not support bfloat16; set bf16=false")
+    objectives = tuple(objective.bind(student) for objective in recipe.objective)
+    context = teacher_context(recipe, given, student, objectives, ranks, initial)
+    teacher = recipe.teacher.facts(context)
+    check_pairs(recipe, objectives, teacher)
+    for objective in objectives:
+        if teacher.model is not None:
+            objective.check_pair_facts(student, teacher.model)
+    prompts = load_prompts(
+        recipe.data, student.tokenizer, context=student.context, room=recipe.rollout.max_completion_length,
+        given=given.prompts,
+    )  # fmt: skip
+    prompts = tuple(recipe.teacher.render(prompt, teacher) for prompt in prompts)
+    recipe.rollout.source.check_prompts(prompts)
+    _check_validation(recipe, objectives, teacher, prompts)
+    return Checked(
+        student=student,
+        teacher=teacher,
+        objectives=objectives,
+        prompts=prompts,
+        benchmarks=load_benchmarks(recipe.evaluation, student.tokenizer, context=student.context),
+        context=replace(context, prompts=prompts),
+    )
+
+
+def check_pairs(recipe: Recipe, objectives: tuple[Objective, ...], teacher: TeacherFacts) -> None:
+    """Raise TeacherMismatch unless teacher and source provide what every objective and the source require."""
+    rollout, source = recipe.rollout, recipe.rollout.source
+    provided, why_not = source.provides, dict(teacher.why_not)
+    if (rollout.sampling_temperature, rollout.top_p) != (1.0, 1.0):
+        provided -= {Capability.ON_POLICY}
+        why_not[Capability.ON_POLICY] = (
+            f"sampling_temperature is {rollout.sampling_temperature}, top_p is {rollout.top_p}"
+        )
+    kind = recipe.teacher.type
+    for objective in objectives:
+        check_pair(objective, teacher.provides | provided, why_not, kind)
+        if (
+            rollout.updates_per_rollout > 1
+            and objective.importance_weighted
+            and Capability.LOGPROBS in objective.requires
+            and Capability.SAME_TOKENIZER not in teacher.provides
+        ):
+            raise ConfigError(
+                f"rollout.updates_per_rollout is {rollout.updates_per_rollout}, but the teacher has another tokenizer: "
+                "importance weights are taken by token, not by the span between two aligned tokens. Set it to 1"
+            )
+
+
+def teacher_context(
+    recipe: Recipe,
+    given: Given,
+    student: ModelFacts,
+    objectives: tuple[Objective, ...],
+    ranks: Ranks,
+    initial: InitialStudent,
+) -> TeacherContext:
+    """What teachers are built from, before the student is loaded."""
+    required = frozenset[Capability]().union(*(objective.requires for objective in objectives))
+    continues = Capability.TEXT in required
+    handed = {"model": given.teacher, "tokenizer": given.teacher_tokenizer} if "" in recipe.teacher.members else {}
+    return TeacherContext(
+        student=student,
+        initial_student=initial,
+        needs=Needs(
+            taps=reduce(or_, (objective.teacher_taps for objective in objectives), Taps()),
+            text=continues or recipe.rollout.source.writes_by_teacher,
+            continues=continues,
+            logprobs=bool(required & {Capability.LOGPROBS, Capability.TOP_K}),
+            top_k=max((objective.top_k_of_teacher for objective in objectives), default=0),
+            diagnostics=recipe.health_tokens > 0,
+        ),
+        device=ranks.device,
+        sharded=ranks.sharded,
+        rank=ranks.rank,
+        world_size=ranks.size,
+        seed=recipe.seed,
+        max_sequences=recipe.rollout.engine.max_sequences,
+        cache=RunFolder(recipe.output_dir).teacher_cache,
+        given={key: value for key, value in handed.items() if value is not None},
+    )
+
+
+def _load_student(
+    recipe: Recipe, given: Given, checked: Checked, accelerator: Accelerator, initial: InitialStudent
+) -> Student:
+    """The student in its wrapper; `initial` is attached where anything is tapped off it or written by it."""
+    model = load_student(recipe.student, given.student, seed=recipe.seed)
+    lm = LanguageModel(model=model, tokenizer=checked.student.tokenizer, name=recipe.student.model)
+    tapped = any(o.reference_taps.hidden and o.reference is None for o in checked.objectives)
+    needed = tapped or any(config.uses_initial_student for config in recipe.teacher.members.values())
+    if tapped and checked.context.sharded and is_peft(model):
+        raise ConfigError(
+            "an objective taps the initial student, which under LoRA is the student with its adapter off: another number of "
+            "forward passes on each rank, which FSDP waits for forever. Use DDP, or train all weights"
+        )
+    copy = frozen_copy(lm, accelerator.device) if needed and not is_peft(model) else None
+    updates = recipe.max_steps * recipe.rollout.updates_per_rollout
+    student = Student(lm, checked.objectives, accelerator, recipe, updates)
+    if needed:
+        initial.attach(student, copy)
+    return student
+
+
+def _reference(checked: Checked, initial: Model, device: torch.device) -> Reference | None:
+    """The model of hidden states before training; None where no objective taps it."""
+    wanted = {o.reference for o in checked.objectives if o.reference_taps.hidden}
+    if not wanted:
+        return None
+    if len(wanted) > 1:
+        raise ConfigError(
+            f"the objectives of a recipe share one reference model; these ask for {sorted(map(str, wanted))}"
+        )
+    (name,) = wanted
+    if name is None:
+        return Reference(initial)
+    head = any(o.reference_taps.head for o in checked.objectives)
+    return Reference(load_frozen(name, checked.student.tokenizer, device, dtype=torch.bfloat16, head=head))
+
+
+def _check_validation(
+    recipe: Recipe, objectives: tuple[Objective, ...], teacher: TeacherFacts, prompts: tuple[Prompt, ...]
+) -> None:
+    """The prompts on which extrapolation compares weights must be there, with answers if these are needed."""
+    config = recipe.extrapolation
+    if config is None:
+        return
+    if config.validation_prompts > len(prompts):
+        raise ConfigError(
+            f"extrapolation.validation_prompts is {config.validation_prompts}, the dataset has {len(prompts)} prompts; "
+            "lower it"
+        )
+    in_text = any(Capability.TEXT in o.requires for o in objectives) or recipe.rollout.source.writes_by_teacher
+    if config.score == "objective" and (in_text or Capability.HIDDEN not in teacher.provides):
+        raise ConfigError(
+            "extrapolation.score 'objective' would ask a teacher that writes or a server again for every candidate, and its "
+            "losses do not compare weights; set extrapolation.score=accuracy"
+        )
+    chosen = validation_prompts(config, prompts, recipe.seed)
+    bare = next((prompt for prompt in chosen if prompt.answer is None), None)
+    if config.score == "accuracy" and bare is not None:
+        raise DataError(
+            f"extrapolation.score is 'accuracy', but row {bare.row} of {recipe.data.prompts} has no {recipe.data.answer!r} "
+            "(data.answer); set extrapolation.score=objective, name the column, or add the answers"
+        )
+
+
+def _disk_gib(recipe: Recipe, student: ModelFacts) -> float:
+    """Checkpoints hold weights, two moments and a snapshot for extrapolation of what is trained, in float32; the student
+    is written once more."""
+    copies = (3 + (recipe.extrapolation is not None)) * (recipe.save_total_limit + 1)
+    if recipe.student.lora is not None:
+        return 0.02 + student.parameters * 0.05 * 4 * copies / 2**30
+    return student.parameters * 4 * (copies + 1) / 2**30

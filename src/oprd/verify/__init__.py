@@ -1,0 +1,1 @@
+"""Answer checking in worker processes with a hard time limit."""

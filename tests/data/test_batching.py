@@ -1,0 +1,54 @@
+"""Micro-batches, and the same completions in the tokens of either model."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oprd.data.batching import rows_by_tokens, split_by_tokens, student_batch, teacher_batch
+from oprd.types import Prompt, Rollouts, TokenAlignment
+
+CPU = torch.device("cpu")
+
+
+def rollouts(sizes, teachers=None, **annotations):
+    """Completions of these lengths behind one-token prompts."""
+    teachers = teachers or [None] * len(sizes)
+    prompts = [
+        Prompt(row=i, messages=(), token_ids=(i,), teacher_token_ids=(50, 51), teacher=name)
+        for i, name in enumerate(teachers)
+    ]
+    ids = tuple(tuple(range(10, 10 + size)) for size in sizes)
+    return Rollouts(prompts=tuple(prompts), completion_ids=ids, finished=(True,) * len(sizes), **annotations)
+
+
+def test_similar_lengths_go_together_and_one_over_the_budget_goes_alone_by_hand():
+    # padded sizes with the prompt: 3, 10, 4, 3, 21
+    assert rows_by_tokens(rollouts([2, 9, 3, 2, 20]), budget=12) == [[4], [1], [2, 0, 3]]
+
+
+def test_a_micro_batch_has_one_teacher():
+    assert rows_by_tokens(rollouts([2, 2, 2], teachers=["b", "a", "b"]), budget=100) == [[1], [0, 2]]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=20), st.integers(1, 80))
+def test_micro_batches_hold_every_completion_once_within_the_budget(sizes, budget):
+    parts = split_by_tokens(rollouts(sizes), budget)
+    assert sorted(prompt.row for part in parts for prompt in part.prompts) == list(range(len(sizes)))
+    for part in parts:
+        assert len(part) == 1 or len(part) * (1 + max(part.lengths)) <= budget
+
+
+def test_without_an_alignment_the_teacher_has_the_students_completion_behind_its_own_prompt():
+    both = rollouts([2, 1], token_scores=((1.0, 2.0), (3.0,)))
+    student, teacher = (make(both, pad_id=0, device=CPU) for make in (student_batch, teacher_batch))
+    assert student.input_ids.tolist() == [[0, 10, 11], [1, 10, 0]]
+    assert student.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert teacher.input_ids.tolist() == [[50, 51, 10, 11], [50, 51, 10, 0]]
+    assert (student.token_scores, teacher.reads) == (both.token_scores, "teacher")
+
+
+def test_with_an_alignment_the_teacher_has_its_own_tokens():
+    alignment = TokenAlignment(teacher_ids=(90,), student_length=2, student_index=(1,), teacher_index=(0,))
+    batch = teacher_batch(rollouts([2], alignments=(alignment,)), pad_id=0, device=CPU)
+    assert (batch.input_ids.tolist(), batch.completion_lengths) == ([[50, 51, 90]], (1,))

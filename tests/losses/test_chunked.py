@@ -1,0 +1,160 @@
+"""Chunked losses equal their definitions, in value and every gradient, and never hold [N, V]."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from estimators import ESTIMATORS, exact
+from oprd.losses import chunked as module
+from oprd.losses.chunked import chunked, statistics
+from oprd.losses.divergences import entropy, token_logprobs
+from oprd.types import LMHead
+
+N, D, V = 37, 8, 50
+
+
+def rows(dtype=torch.float64, vocabulary=V, seed=0):
+    """Student hidden states, LM head and bias; the teacher's hidden states and head; sampled ids."""
+    g = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(N, D, generator=g, dtype=torch.float64).to(dtype).requires_grad_(),
+        torch.randn(vocabulary, D, generator=g, dtype=torch.float64).to(dtype).requires_grad_(),
+        torch.randn(vocabulary, generator=g, dtype=torch.float64).to(dtype).requires_grad_(),
+        torch.randn(N, D + 3, generator=g, dtype=torch.float64).to(dtype),
+        torch.randn(vocabulary, D + 3, generator=g, dtype=torch.float64).to(dtype),
+        torch.randint(0, vocabulary, (N,), generator=g),
+    )
+
+
+def plain(hidden, head):
+    """All logits at once, from the head's definition."""
+    out = hidden @ head.weight.T + (0 if head.bias is None else head.bias)
+    return out * head.scale if head.softcap is None else head.softcap * torch.tanh(out * head.scale / head.softcap)
+
+
+def distance(hidden, head, teacher_hidden, teacher_weight, ids, row_function=None):
+    """`chunked` of the exact reverse KL, or another row function."""
+    return chunked(
+        row_function or exact("reverse_kl"),
+        hidden,
+        head,
+        ids,
+        teacher_hidden=teacher_hidden,
+        teacher_head=LMHead(weight=teacher_weight),
+    )
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(module, "chunk_rows", lambda vocabulary: 16)
+
+
+@pytest.mark.parametrize("weights", ["equal", "different"])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, 3.0)])
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_values_and_every_gradient_agree_with_the_definition(name, scale, softcap, weights):
+    hidden, weight, bias, teacher_hidden, teacher_weight, ids = rows()
+    head = LMHead(weight=weight, bias=bias, scale=scale, softcap=softcap)
+    upstream = torch.full((N,), 0.3, dtype=torch.float64)
+    if weights == "different":
+        upstream = torch.rand(N, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+
+    expected = ESTIMATORS[name](plain(hidden, head), teacher_hidden @ teacher_weight.T, ids)
+    expected_grads = torch.autograd.grad((expected * upstream).sum(), (hidden, weight, bias))
+
+    values = distance(hidden, head, teacher_hidden, teacher_weight, ids, ESTIMATORS[name])
+    grads = torch.autograd.grad((values * upstream).sum(), (hidden, weight, bias))
+    assert_close(values, expected)
+    for got, wanted in zip(grads, expected_grads, strict=True):
+        assert_close(got, wanted)
+
+
+def test_without_gradient_the_values_are_the_same():
+    hidden, weight, _, teacher_hidden, teacher_weight, ids = rows()
+    values = distance(hidden, LMHead(weight=weight), teacher_hidden, teacher_weight, ids)
+    with torch.no_grad():
+        same = distance(hidden, LMHead(weight=weight), teacher_hidden, teacher_weight, ids)
+    assert torch.equal(values, same)
+    assert not same.requires_grad
+
+
+def test_statistics_are_those_of_the_whole_logits_and_of_none():
+    hidden, weight, bias, _, _, ids = rows()
+    head = LMHead(weight=weight, bias=bias)
+
+    def both(p, _, ids):
+        return torch.stack([entropy(p), token_logprobs(p, ids)], -1)
+
+    assert_close(statistics(both, hidden, head, ids), both(plain(hidden, head), None, ids).detach())
+    assert statistics(both, hidden[:0], head, ids[:0]).shape == (0, 2)
+
+
+def test_heads_of_padded_vocabularies_share_their_first_rows():
+    hidden, weight, _, teacher_hidden, teacher_weight, ids = rows()
+    padded = torch.cat([teacher_weight, torch.full((6, D + 3), 5.0, dtype=torch.float64)])
+    same = distance(hidden, LMHead(weight=weight), teacher_hidden, padded, ids)
+    assert_close(same, distance(hidden, LMHead(weight=weight), teacher_hidden, teacher_weight, ids))
+
+
+def test_a_frozen_head_gets_no_gradient_and_costs_none():
+    hidden, weight, _, teacher_hidden, teacher_weight, ids = rows()
+    distance(hidden, LMHead(weight=weight.detach()), teacher_hidden, teacher_weight, ids).sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is None
+
+
+def test_no_supervised_token_gives_no_value_and_zero_gradient():
+    hidden, weight, _, teacher_hidden, teacher_weight, ids = rows()
+    values = distance(hidden[:0], LMHead(weight=weight), teacher_hidden[:0], teacher_weight, ids[:0])
+    values.sum().backward()
+    assert values.shape == (0,)
+    assert_close(weight.grad, torch.zeros_like(weight))
+
+
+def test_gradients_in_bfloat16_are_those_of_float32_logits():
+    """Logits rounded to bfloat16 before the softmax would be wrong by several per cent (Liger 1432)."""
+    hidden, weight, _, teacher_hidden, teacher_weight, ids = rows(torch.bfloat16)
+    values = distance(hidden, LMHead(weight=weight), teacher_hidden, teacher_weight, ids)
+    (got,) = torch.autograd.grad(values.sum(), hidden)
+    precise = hidden.detach().double().requires_grad_()
+    teacher_logits = teacher_hidden.double() @ teacher_weight.double().T
+    expected = exact("reverse_kl")(precise @ weight.detach().double().T, teacher_logits, ids)
+    (wanted,) = torch.autograd.grad(expected.sum(), precise)
+    error = (got.double() - wanted).norm() / wanted.norm()
+    assert float(error) < 0.004, float(error)  # the one rounding of the result itself: 2^-9 relative
+
+
+class LargestAllocation(TorchDispatchMode):
+    """Remembers the most elements of any tensor that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_no_tensor_of_n_by_v_is_ever_allocated(name, monkeypatch):
+    monkeypatch.setattr(module, "chunk_rows", lambda vocabulary: 4)
+    vocabulary = 600
+    hidden, weight, bias, teacher_hidden, teacher_weight, ids = rows(torch.float32, vocabulary)
+    with LargestAllocation() as largest:
+        head = LMHead(weight=weight, bias=bias)
+        values = distance(hidden, head, teacher_hidden, teacher_weight, ids, ESTIMATORS[name])
+        (values * torch.rand(N)).sum().backward()
+    assert largest.elements <= vocabulary * (D + 3), largest.elements  # the heads themselves
+    assert vocabulary * (D + 3) < N * vocabulary
+
+
+def test_counting_allocations_notices_a_plain_softmax():
+    hidden, weight, _, _, _, _ = rows(torch.float32, 600)
+    with LargestAllocation() as largest:
+        (hidden @ weight.T).log_softmax(-1)
+    assert largest.elements == N * 600

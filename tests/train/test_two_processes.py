@@ -1,0 +1,287 @@
+"""Two processes against one: the same weights, the same decisions, and every part of a run under DDP and FSDP2.
+
+All runs of a kind share one `accelerate launch`, because starting two processes takes longer than a miniature run.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from conftest import MODELS, miniature_recipe
+from oprd.recipe import parse_recipe
+from oprd.train.fit_bridge import fit_bridge
+from oprd.train.run import run_recipe
+from train.runs import (
+    MIXTURE,
+    assert_same_weights,
+    evaluations,
+    metrics,
+    read_lines,
+    saved_student,
+    searches,
+    write_completions,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+WORKER = """
+# `oprd train` for each recipe in turn; then the process writes down what it holds of a run with extrapolation
+import hashlib, json, os, shutil, sys
+from pathlib import Path
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from oprd.cli import main
+from oprd.train import run
+
+torch.set_num_threads(1)
+jobs = json.loads(Path(sys.argv[1]).read_text())
+real_init, real_train = Accelerator.__init__, run.train
+
+def init(self, *args, **kwargs):
+    real_init(self, *args, **kwargs)
+    if job["wrap"]:
+        # accelerate offers FSDP2 on accelerators only; this puts its state where it would be there
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy=job["wrap"])
+        AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+
+def train(parts):
+    result = real_train(parts)
+    if parts.extrapolation is not None:
+        model = parts.method.student.lm.model
+        whole = [w.full_tensor() if hasattr(w, "full_tensor") else w for _, w in sorted(model.named_parameters())]
+        held = [t.to_local() if hasattr(t, "to_local") else t for t in parts.extrapolation.state().values()]
+        witness = {
+            "weights": hashlib.sha256(b"".join(w.clone().detach().numpy().tobytes() for w in whole)).hexdigest(),
+            "held": sum(t.numel() for t in held),
+            "moved": sum(t.numel() for t in parts.extrapolation.state().values()),
+        }
+        parts.folder.path.with_name(f"rank-{parts.ranks.rank}.json").write_text(json.dumps(witness))
+    return result
+
+Accelerator.__init__, run.train = init, train
+for job in jobs:
+    done = Path(job["recipe"]).with_name("run") / "result.json"
+    if job["again"] and os.environ["RANK"] == "0":  # as if it had died before the end
+        shutil.copytree(done.parent, done.parent.with_name("first"))
+        done.unlink()
+    sys.argv = ["oprd", "train", job["recipe"], *job["again"]]
+    try:
+        main()
+    except SystemExit as exit:
+        if exit.code:
+            raise
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Runs of one launch, each in a folder of its name."""
+
+    folder: Path
+    errors: str
+
+    def run(self, name: str) -> Path:
+        """The folder of a finished run."""
+        found = self.folder / name / "run"
+        assert (found / "result.json").is_file(), self.errors
+        return found
+
+
+def launch(folder: Path, how: str, trees: dict[str, dict[str, Any]]) -> Launch:
+    """`accelerate launch` on two processes; ends them all whatever happens."""
+    jobs = []
+    for name, tree in trees.items():
+        file = folder / name / "recipe.yaml"
+        file.parent.mkdir()
+        file.write_text(yaml.safe_dump(tree | {"output_dir": str(folder / name / "run")}))
+        wrap = {"ddp": None, "fsdp2": "no_wrap" if name == "in one piece" else "transformer_based_wrap"}[how]
+        jobs.append({"recipe": str(file), "wrap": wrap, "again": []})
+        if name == "resumed":
+            checkpoint = folder / name / "run" / "checkpoints" / "step-000001"
+            jobs.append(jobs[-1] | {"again": [f"resume_from_checkpoint={checkpoint}"]})
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    (folder / "worker.py").write_text(WORKER)
+    options = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port=0"]
+    with (folder / "errors.txt").open("w") as errors:
+        process = subprocess.Popen(
+            [*launcher, str(folder / "worker.py"), str(folder / "jobs.json")],
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        )
+        try:
+            process.wait(timeout=1200)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return Launch(folder=folder, errors=(folder / "errors.txt").read_text()[-6000:])
+
+
+GIVEN = {"source": {"type": "dataset"}, "max_completion_length": 48}
+EXACT = {"adam_epsilon": 1e-4, "lr_scheduler_type": "constant", "max_steps": 2}
+EFFOPD = {"validation_prompts": 4, "score": "objective", "factors": [2.0, 4.0]}
+WIDE = {"type": "local", "model": str(MODELS / "wide_teacher"), "dtype": "float32"}
+BRIDGE = {"type": "oprd_bridge", "tokens": "all", "layers": "all", "rank": 4}
+BRIDGES = {
+    "bridge hidden": BRIDGE,
+    "bridge reverse_kl": BRIDGE | {"layers": "last", "loss": "reverse_kl", "weight": 1.0},
+    "bridge published": BRIDGE | {"type": "oprd_bridge_published"},
+}
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory, train_file, held_out_file) -> dict[str, dict[str, Any]]:
+    """The recipes by name; their bridges are fitted."""
+    folder = tmp_path_factory.mktemp("recipes")
+    # worked answers of very unequal length: rank 0 gets the long ones, and several micro-batches of them
+    unequal = folder / "unequal.jsonl"
+    long = "1+2=3\n3+4=7\n7+5=12\n12-9=3\n\\boxed{3}"
+    rows = [{"problem": f"{i}+2+3", "completion": long if i % 2 == 0 else "7"} for i in range(16)]
+    unequal.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def recipe(prompts: Path = train_file, **changes: Any) -> dict[str, Any]:
+        return miniature_recipe(folder / "alone", prompts, **({"max_steps": 2} | changes))
+
+    exact = EXACT | {"rollout": GIVEN, "prompts_per_step": 8, "micro_batch_tokens": 60}
+    lora = {"model": str(MODELS / "base"), "lora": {"r": 4}}
+    evaluation = {"benchmarks": [str(held_out_file)], "samples": 2, "max_completion_length": 48}
+    omni = {"type": "omni_opd", "chunk_tokens": 5, "chunks": 2, "continuations": 2}
+    found = {
+        "mixture": recipe(unequal, objective=MIXTURE, seed=3, **exact),
+        "resumed": recipe(student=lora, teacher={"type": "self", "prompt_template": "{problem}="}, save_steps=1),
+        "omni": recipe(objective=omni, evaluation=evaluation),
+        "rewrite": recipe(
+            objective={"type": "nll"},
+            rollout={"source": {"type": "rewrite"}, "group_size": 2, "max_completion_length": 48},
+        ),
+        "search": recipe(
+            write_completions(folder / "given.jsonl", train_file),
+            rollout=GIVEN,
+            extrapolation=EFFOPD,
+            learning_rate=1e-4,
+        ),
+    }
+    for name, objective in BRIDGES.items():
+        file = str(folder / f"{name.removesuffix('reverse_kl').removesuffix('hidden')}.safetensors")
+        found[name] = recipe(unequal, teacher=WIDE, objective=objective | {"bridge": file}, **exact)
+        if not Path(file).exists():
+            fit_bridge(parse_recipe(found[name]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(trees, tmp_path_factory):
+    """The run of a recipe on one process."""
+    folder, done = tmp_path_factory.mktemp("alone"), {}
+
+    def run(name: str) -> Path:
+        if name not in done:
+            done[name] = run_recipe(parse_recipe(trees[name] | {"output_dir": str(folder / name)})).run_folder
+        return done[name]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def two(trees, tmp_path_factory):
+    """The run of a recipe on two processes."""
+    wanted = {
+        "ddp": ["mixture", "resumed", "omni", "rewrite", "bridge reverse_kl", "bridge published", "search"],
+        "fsdp2": ["mixture", "resumed", "omni", "bridge hidden", "bridge reverse_kl", "search", "in one piece"],
+    }
+    done: dict[str, Launch] = {}
+
+    def run(how: str, name: str) -> Path:
+        if how not in done:
+            of_kind = {key: (trees | {"in one piece": trees["search"]})[key] for key in wanted[how]}
+            done[how] = launch(tmp_path_factory.mktemp(how), how, of_kind)
+        return done[how].run(name)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        ("ddp", "mixture"),
+        ("fsdp2", "mixture"),
+        ("ddp", "bridge published"),
+        ("ddp", "bridge reverse_kl"),
+        ("fsdp2", "bridge reverse_kl"),
+        ("fsdp2", "bridge hidden"),
+    ],
+)
+def test_two_processes_give_the_weights_of_one(how, name, alone, two):
+    theirs, ours = alone(name), two(how, name)
+    assert_same_weights(saved_student(theirs), saved_student(ours))
+    for a, b in zip(metrics(theirs), metrics(ours), strict=True):
+        assert a["train/loss/mean"] == pytest.approx(b["train/loss/mean"], rel=1e-5)
+        assert a["train/grad_norm/mean"] == pytest.approx(b["train/grad_norm/mean"], rel=1e-4)
+        if name == "mixture":
+            assert a["health/top_16_overlap/mean"] == pytest.approx(b["health/top_16_overlap/mean"], abs=0.2)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_a_sampled_run_resumes_exactly(how, two):
+    """A LoRA student whose teacher is itself, gone on with after its first step."""
+    run = two(how, "resumed")
+    first = run.with_name("first")
+    assert [row["step"] for row in metrics(run)] == [1, 2]
+    assert metrics(run) == metrics(first)
+    ours, theirs = (load_file(folder / "student" / "adapter_model.safetensors") for folder in (run, first))
+    assert_same_weights(ours, theirs, atol=0.0)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_continuations_and_evaluations_of_both_processes_add_up(how, two):
+    rows = metrics(two(how, "omni"))
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert 0 < row["omni/audited/share"] <= 1
+        assert row["omni/teacher_tokens/mean"] > 0
+        assert row["train/grad_norm/mean"] > 0
+    (evaluation,) = evaluations(two(how, "omni"))
+    assert evaluation["problems"] == 12
+
+
+def test_rewrites_for_both_processes_add_up(two):
+    for row in metrics(two("ddp", "rewrite")):
+        reasons = ("no_reply", "empty", "unfinished", "longer", "no_answer", "other_answer", "wrong_answer")
+        rejected = sum(row[f"rewrite/{reason}/sum"] for reason in reasons)
+        assert rejected + row["rewrite/kept/share"] * 8 == pytest.approx(8)
+
+
+@pytest.mark.parametrize(("how", "name"), [("ddp", "search"), ("fsdp2", "search"), ("fsdp2", "in one piece")])
+def test_two_processes_accept_the_same_candidates(how, name, alone, two):
+    """In one piece: nothing but the root is wrapped, and weights stay gathered after a forward pass."""
+    run = two(how, name)
+    one, other = (read_lines(run.with_name(f"rank-{rank}.json"))[0] for rank in (0, 1))
+    assert one["weights"] == other["weights"]
+    found = searches(run)
+    assert any(row["accepted"] for row in found)
+    if how == "ddp":
+        assert one["held"] == one["moved"]
+        return
+    # only shards are held; and every process scores all prompts, as one process alone does
+    assert one["held"] + other["held"] == one["moved"]
+    theirs = alone("search")
+    for ours, of_one in zip(found, searches(theirs), strict=True):
+        assert ours["accepted"] == of_one["accepted"]
+        assert ours["score"] == pytest.approx(of_one["score"], rel=1e-3)
+    # a multiple of delta is a multiple of its rounding
+    assert_same_weights(saved_student(theirs), saved_student(run), atol=1e-5)
