@@ -9,6 +9,7 @@ from conftest import ROOT
 from oprd.errors import ConfigError
 from oprd.objectives import OPD, OPRD, OPDTopK
 from oprd.recipe import GONE, load_recipe, parse_recipe, recipe_to_yaml
+from oprd.section import WeightSchedule
 from oprd.types import TokenSelection
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -64,13 +65,13 @@ def test_a_second_stage_starts_from_the_student_of_the_first():
 
 def test_a_resolved_recipe_reads_back_as_itself():
     objective = [
-        {"type": "opd_top_k", "weight": 2.0},
+        {"type": "opd_top_k", "weight": {"from": 1.0, "to": 0.0, "steps": 5}},
         {"type": "oprd", "layers": [1, 3], "tokens": {"first": 7}},
     ]
     recipe = parse_recipe(BASE | {"objective": objective, "report_to": ["tensorboard"], "rollout": REWRITE})
     assert parse_recipe(yaml.safe_load(recipe_to_yaml(recipe))) == recipe
     assert recipe.objective == (
-        OPDTopK(weight=2.0),
+        OPDTopK(weight=WeightSchedule.model_validate({"from": 1.0, "to": 0.0, "steps": 5})),
         OPRD(layers=(1, 3), tokens=TokenSelection(keep="first", k=7)),
     )
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from oprd.objectives import NLL, OPD, OPRD, OmniOPD, OPDSampled, OPDTopK, OPRDBridge, OPRDBridgePublished
     from oprd.recipe import Recipe, RolloutConfig, load_recipe
     from oprd.rollout.sources import DatasetSource, RewriteSource, StudentSource, TeacherSource
-    from oprd.section import Ramp
+    from oprd.section import Ramp, WeightSchedule
     from oprd.teacher import LocalTeacherConfig, SelfTeacherConfig, ServerTeacherConfig, SeveralTeachersConfig
     from oprd.train.run import distill
     from oprd.train.setup import Given
@@ -28,7 +28,7 @@ _WHERE = {
     ),
     "oprd.recipe": ("Recipe", "RolloutConfig", "load_recipe"),
     "oprd.rollout.sources": ("DatasetSource", "RewriteSource", "StudentSource", "TeacherSource"),
-    "oprd.section": ("Ramp",),
+    "oprd.section": ("Ramp", "WeightSchedule"),
     "oprd.teacher": ("LocalTeacherConfig", "SelfTeacherConfig", "ServerTeacherConfig", "SeveralTeachersConfig"),
     "oprd.train.run": ("distill",),
     "oprd.train.setup": ("Given",),

@@ -115,10 +115,33 @@ class Ramp(Section):
         return self.start + min(1.0, (step - 1) / (self.steps - 1)) * (to - self.start)
 
 
-Weight = Rate
-"""A number."""
+class WeightSchedule(Ramp):
+    """A weight that changes linearly from `from` at step 1 to `to` at step `steps`, and then stays."""
+
+    to: NonNegativeFloat
+    """Its value at step `steps` and after it."""
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> "WeightSchedule":
+        if not self.start and not self.to:
+            raise ValueError("a weight that is 0 from beginning to end: drop the objective")
+        return self
+
+    def at(self, step: int) -> float:
+        """The weight at a step, counted from 1."""
+        return self.between(self.to, step)
+
+
+def _weight_kind(value: Any) -> str:
+    return "schedule" if isinstance(value, dict | WeightSchedule) else "number"
+
+
+Weight = Annotated[
+    Annotated[Rate, Tag("number")] | Annotated[WeightSchedule, Tag("schedule")], Discriminator(_weight_kind)
+]
+"""A number, or `{from: a, to: b, steps: n}`. An error names only the kind that was meant."""
 
 __all__ = [
     "Field", "FiniteFloat", "Layers", "Listed", "NonNegativeFloat", "NonNegativeInt", "OwnPrompt", "PositiveFloat",
-    "PositiveInt", "Ramp", "Rate", "Section", "Share", "Tokens", "Weight",
+    "PositiveInt", "Ramp", "Rate", "Section", "Share", "Tokens", "Weight", "WeightSchedule",
 ]  # fmt: skip

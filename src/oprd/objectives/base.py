@@ -18,7 +18,7 @@ from oprd.losses.chunked import RowFunction, chunked
 from oprd.losses.importance import IMPORTANCE_CLIP, off_policy_weights
 from oprd.models.language_model import LanguageModel, Model
 from oprd.models.loading import ModelFacts
-from oprd.section import Section, Tokens, Weight
+from oprd.section import Section, Tokens, Weight, WeightSchedule
 from oprd.teacher.base import Teacher
 from oprd.types import Capability, HiddenSpec, HiddenStates, Metric, Rollouts, Taps, Targets
 
@@ -124,7 +124,7 @@ class Objective(Section, ABC):
 
     def weight_at(self, step: int) -> float:
         """The term's weight at a step, counted from 1."""
-        return self.weight
+        return self.weight.at(step) if isinstance(self.weight, WeightSchedule) else self.weight
 
     def take_metrics(self) -> tuple[Metric, ...]:
         """What was counted since the last call; the same names on every rank."""

@@ -1,0 +1,96 @@
+"""A latent term that fades into a token term in one optimizer, against each alone and against a hard switch.
+
+    python benchmarks/crossfade.py            # every arm, seeds 0, 1, 2; finished runs are kept in runs/crossfade
+    python benchmarks/crossfade.py --table    # means and seeds, as in docs/algorithms.md
+
+From the miniature's base model to `wide_teacher` (other width, depth and tokenizer): OPRD-Bridge on the last block and sampled
+OPD. 100 steps of 64 completions at one constant learning rate, evaluated on 200 held-out problems, 4 samples each, after 50
+and 100 steps. `fade n`: the bridge's weight goes from 10 to 0 and OPD's from 0 to 1 in n steps. `switch n`: n steps of the bridge,
+then a second recipe with OPD alone from its student. Results: benchmarks/results/crossfade.json.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oprd.demo.run import HELD_OUT_PROBLEMS, MODELS, TRAINING_PROBLEMS
+from oprd.demo.task import sums, write_jsonl
+from oprd.files import read_jsonl
+from oprd.recipe import parse_recipe
+from oprd.train.fit_bridge import fit_bridge
+from oprd.train.run import run_recipe
+from oprd.train.run_folder import describe_machine
+from ride import ROOT, SEEDS, STEPS, table, tree
+
+OUT = ROOT / "runs" / "crossfade"
+RESULT = ROOT / "benchmarks" / "results" / "crossfade.json"
+RATE = 8e-4
+OPD = {"type": "opd_sampled"}
+
+
+def bridge(seed: int) -> dict[str, Any]:
+    return {
+        "type": "oprd_bridge",
+        "bridge": str(OUT / f"bridge-{seed}.safetensors"),
+        "tokens": "all",
+        "fit_prompts": 1024,
+    }
+
+
+def faded(seed: int, steps: int) -> list[dict[str, Any]]:
+    return [
+        bridge(seed) | {"weight": {"from": 10.0, "to": 0.0, "steps": steps}},
+        OPD | {"weight": {"from": 0.0, "to": 1.0, "steps": steps}},
+    ]
+
+
+def recipe(objective: Any, seed: int, run: str, **changes: Any) -> dict[str, Any]:
+    base = tree(objective, RATE, seed, OUT, run) | {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}
+    teacher = base["teacher"] | {"model": str(MODELS / "wide_teacher")}
+    rollout = base["rollout"] | {"max_completion_length": 80}
+    return base | {"teacher": teacher, "rollout": rollout} | changes
+
+
+def run_arm(name: str, seed: int) -> dict[int, float]:
+    """avg@4 by step."""
+    kind, _, steps = name.partition(" ")
+    run = f"{name.replace(' ', '-')}-{seed}"
+    if kind == "switch":
+        first = recipe(bridge(seed), seed, f"{run}-first", max_steps=int(steps), eval_steps=int(steps))
+        run_recipe(parse_recipe(first))
+        student = {"model": str(OUT / f"{run}-first" / "student")}
+        rest = {"max_steps": STEPS - int(steps), "eval_steps": STEPS // 2 - int(steps) or STEPS}
+        run_recipe(parse_recipe(recipe(OPD, seed + 100, run, student=student, **rest)))
+        rows = read_jsonl(OUT / run / "evaluations.jsonl")
+        scores = {row["step"] + int(steps): row["avg_at_k"] for row in rows}
+        return {step: x for step, x in scores.items() if step in (STEPS // 2, STEPS)}
+    objective: Any = {"bridge": bridge(seed), "opd": OPD}.get(kind) or faded(seed, int(steps))
+    run_recipe(parse_recipe(recipe(objective, seed, run)))
+    return {row["step"]: row["avg_at_k"] for row in read_jsonl(OUT / run / "evaluations.jsonl") if row["step"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--table", action="store_true")
+    if not parser.parse_args().table:
+        torch.set_num_threads(1)
+        OUT.mkdir(parents=True, exist_ok=True)
+        write_jsonl(OUT / "train.jsonl", sums(TRAINING_PROBLEMS, seed=1, held_out=False))
+        write_jsonl(OUT / "held_out.jsonl", sums(HELD_OUT_PROBLEMS, seed=2, held_out=True))
+        stored = json.loads(RESULT.read_text()) if RESULT.is_file() else {"rows": []}
+        for seed in SEEDS:
+            if not Path(bridge(seed)["bridge"]).is_file():
+                fit_bridge(parse_recipe(recipe(bridge(seed), seed, f"fit-{seed}")))
+            for name in ("bridge", "opd", "switch 10", "fade 10", "fade 50"):
+                if not any(row["arm"] == name and row["seed"] == seed for row in stored["rows"]):
+                    scores = run_arm(name, seed)
+                    stored["rows"].append({"arm": name, "seed": seed, "avg_at_4": scores, "learning_rate": RATE})
+                    RESULT.write_text(json.dumps(stored | {"machine": describe_machine()}, indent=1) + "\n")
+    table(RESULT)
+
+
+if __name__ == "__main__":
+    main()
