@@ -42,6 +42,7 @@ REGISTRIES = {"__init__.py", "objectives/__init__.py", "teacher/__init__.py", "t
 """Where a variant is entered: public names, the unions on `type`, the commands. Keys of a recipe are entered in recipe.py."""
 NAMES = {
     "oprd": (r"\bOPRD\b(?!-)", "objectives/oprd.py"),
+    "ride": (r"(?i)\bride\b", "objectives/ride.py"),
     "opd": (r"\bOPD(Sampled|TopK)?\b|\bopd(_sampled|_top_k)?\b", "objectives/opd.py"),
     "oprd_bridge": (r"(?i)bridge", "bridge/|objectives/oprd_bridge|train/fit_bridge.py"),
     "omni_opd": (r"(?i)omni", "objectives/omni_opd.py"),
@@ -58,7 +59,7 @@ NAMES = {
     ),  # errors name causes
     "teacher several": (r"SeveralTeachers|['\"]several['\"]", "teacher/several.py"),
     "engine hf": (r"HFEngine|['\"]hf['\"]", "rollout/hf.py"),
-    "effopd": (r"(?i)effopd|extrapolat", "effopd.py|train/validation.py"),
+    "effopd": (r"(?i)effopd|extrapolat", "effopd.py|train/validation.py|objectives/ride.py"),  # RIDE: of targets
 }
 """(pattern, own files) of each method, source, teacher and engine. Its own files are one place. Identifiers and texts of the
 program count; docstrings and comments, which explain by examples, do not."""

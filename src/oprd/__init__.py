@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from oprd.effopd import EffOPDConfig
     from oprd.evaluate.benchmarks import EvaluationConfig
     from oprd.models.loading import LoraSection, StudentConfig
-    from oprd.objectives import NLL, OPD, OPRD, OmniOPD, OPDSampled, OPDTopK, OPRDBridge, OPRDBridgePublished
+    from oprd.objectives import NLL, OPD, OPRD, RIDE, OmniOPD, OPDSampled, OPDTopK, OPRDBridge, OPRDBridgePublished
     from oprd.recipe import Recipe, RolloutConfig, load_recipe
     from oprd.rollout.sources import DatasetSource, RewriteSource, StudentSource, TeacherSource
     from oprd.section import Ramp, WeightSchedule
@@ -24,7 +24,7 @@ _WHERE = {
     "oprd.evaluate.benchmarks": ("EvaluationConfig",),
     "oprd.models.loading": ("LoraSection", "StudentConfig"),
     "oprd.objectives": (
-        "NLL", "OPD", "OPDSampled", "OPDTopK", "OPRD", "OPRDBridge", "OPRDBridgePublished", "OmniOPD",
+        "NLL", "OPD", "OPDSampled", "OPDTopK", "OPRD", "OPRDBridge", "OPRDBridgePublished", "OmniOPD", "RIDE",
     ),
     "oprd.recipe": ("Recipe", "RolloutConfig", "load_recipe"),
     "oprd.rollout.sources": ("DatasetSource", "RewriteSource", "StudentSource", "TeacherSource"),

@@ -9,9 +9,10 @@ from oprd.objectives.opd import OPD, OPDSampled, OPDTopK
 from oprd.objectives.oprd import OPRD
 from oprd.objectives.oprd_bridge import OPRDBridge
 from oprd.objectives.oprd_bridge_published import OPRDBridgePublished
+from oprd.objectives.ride import RIDE
 from oprd.section import Field
 
 AnyObjective = Annotated[
-    OPRD | OPD | OPDTopK | OPDSampled | OPRDBridge | OPRDBridgePublished | OmniOPD | NLL,
+    OPRD | RIDE | OPD | OPDTopK | OPDSampled | OPRDBridge | OPRDBridgePublished | OmniOPD | NLL,
     Field(discriminator="type"),
 ]
