@@ -145,7 +145,9 @@ def score(name: str, rows: list[dict[str, Any]], config: EvaluationConfig) -> Ev
     )
 
 
-def evaluate_model(model: str, config: EvaluationConfig, *, out: Path) -> tuple[Evaluation, ...]:
+def evaluate_model(
+    model: str, config: EvaluationConfig, *, out: Path, max_sequences: int = 64
+) -> tuple[Evaluation, ...]:
     """Scores of a saved model, by folder or Hub name, in bfloat16 on a GPU and in float32 on a CPU. Writes
     OUT/evaluations.jsonl, and OUT/NAME.jsonl with every completion and its verdict. Raises ConfigError when there is one."""
     log = out / "evaluations.jsonl"
@@ -154,11 +156,12 @@ def evaluate_model(model: str, config: EvaluationConfig, *, out: Path) -> tuple[
     facts = ModelFacts.read(model)
     benchmarks = load_benchmarks(config, facts.tokenizer, context=facts.context)
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    engine = HFEngine(load_frozen(model, facts.tokenizer, torch.device(device), dtype=dtype))
+    frozen = load_frozen(model, facts.tokenizer, torch.device(device), dtype=dtype)
     with VerifierPool() as verifier:
         evaluator = Evaluator(
-            config=config, benchmarks=benchmarks, engine=engine, tokenizer=facts.tokenizer, verifier=verifier
-        )
+            config=config, benchmarks=benchmarks, engine=HFEngine(frozen, max_sequences=max_sequences),
+            tokenizer=facts.tokenizer, verifier=verifier, max_sequences=max_sequences,
+        )  # fmt: skip
         return evaluator.run(log, out, {"step": 0, "model": model})
 
 
