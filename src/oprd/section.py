@@ -8,7 +8,6 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
-    FiniteFloat,
     NonNegativeFloat,
     NonNegativeInt,
     PlainSerializer,
@@ -142,6 +141,6 @@ Weight = Annotated[
 """A number, or `{from: a, to: b, steps: n}`. An error names only the kind that was meant."""
 
 __all__ = [
-    "Field", "FiniteFloat", "Layers", "Listed", "NonNegativeFloat", "NonNegativeInt", "OwnPrompt", "PositiveFloat",
+    "Field", "Layers", "Listed", "NonNegativeFloat", "NonNegativeInt", "OwnPrompt", "PositiveFloat",
     "PositiveInt", "Ramp", "Rate", "Section", "Share", "Tokens", "Weight", "WeightSchedule",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 """What an objective is: the fields of a recipe and one equation."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
@@ -135,6 +135,11 @@ class Objective(Section, ABC):
         """Weight of every supervised token by completion: the rollouts' own, 1 where they have none."""
         given = rollouts.token_weights or tuple((1.0,) * length for length in rollouts.lengths)
         return [row[slice(*self.tokens.span(len(row)))] for row in given]
+
+    def _weights_within(self, rollouts: Rollouts, kept: Sequence[Container[int]]) -> list[Sequence[float]]:
+        """Token weights, 0 outside the `kept` positions of each completion."""
+        rows = zip(Objective._token_weights(self, rollouts), rollouts.lengths, kept, strict=True)
+        return [[x * (at in own) for at, x in enumerate(row, self.tokens.span(n)[0])] for row, n, own in rows]
 
     def _count(self, name: str, total: float, count: float | None = None) -> None:
         """Add to a metric of the step: one number, however many micro-batches."""

@@ -159,16 +159,15 @@ class OPDSampled(_Divergence):
         return values if weights is None else weights * values
 
     def _token_weights(self, rollouts: Rollouts) -> list[Sequence[float]]:
-        rows = super()._token_weights(rollouts)
         if rollouts.alignments is None:
-            return rows
-        found = []
-        for row, alignment in zip(rows, rollouts.alignments, strict=True):
+            return super()._token_weights(rollouts)
+        whole = []
+        for alignment in rollouts.alignments:
             start, _ = self.tokens.span(alignment.student_length)
             # a span that begins before the selection is not seen whole
-            whole = {end for before, end in pairwise((-1, *alignment.student_index)) if before + 1 >= start}
-            found.append([x * (start + at in whole) for at, x in enumerate(row)])
-        return found
+            ends = pairwise((-1, *alignment.student_index))
+            whole.append({end for before, end in ends if before + 1 >= start})
+        return self._weights_within(rollouts, whole)
 
     def _per_span(self, student: HiddenStates, targets: Targets) -> Float[Tensor, " N"]:
         assert targets.logprobs is not None

@@ -53,12 +53,6 @@ class OPRDBridgePublished(BridgeObjective):
         return torch.stack(distances).mean(0)
 
     def _token_weights(self, rollouts: Rollouts) -> list[Sequence[float]]:
-        rows = super()._token_weights(rollouts)
         if rollouts.alignments is None:
-            return rows
-        weights = []
-        for row, alignment in zip(rows, rollouts.alignments, strict=True):
-            start, _ = self.tokens.span(alignment.student_length)
-            aligned = set(alignment.student_index)
-            weights.append([weight * (at in aligned) for at, weight in enumerate(row, start)])
-        return weights
+            return super()._token_weights(rollouts)
+        return self._weights_within(rollouts, [set(alignment.student_index) for alignment in rollouts.alignments])

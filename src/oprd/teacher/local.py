@@ -21,6 +21,7 @@ from oprd.teacher.base import (
     Chains,
     Generation,
     GenerationRequest,
+    Generations,
     Teacher,
     TeacherConfig,
     TeacherContext,
@@ -80,7 +81,7 @@ class LocalTeacher(Teacher):
         hidden = self.model.hidden(batch, Taps(hidden=states, head=taps.head)) if states else None
         return Targets(teacher=hidden, logprobs=logprobs)
 
-    def generate(self, chains: Chains) -> list[list[Generation | None]]:
+    def generate(self, chains: Chains) -> Generations:
         """A request that leaves no room for its answer in the context is not answered."""
         tokenizer, requests = self.model.lm.tokenizer, [request for chain in chains for request in chain]
         ids = [(*render(tokenizer, r.messages), *encode(tokenizer, r.prefix)) for r in requests]

@@ -18,6 +18,7 @@ from oprd.teacher.base import (
     Chains,
     Generation,
     GenerationRequest,
+    Generations,
     Teacher,
     TeacherConfig,
     TeacherContext,
@@ -143,7 +144,7 @@ class ServerTeacher(Teacher):
         joined = {name: torch.cat([getattr(x, name) for x in rollouts.logprobs]).to(self._device) for name in names}
         return Targets(logprobs=LogprobTargets(**joined))
 
-    def generate(self, chains: Chains) -> list[list[Generation | None]]:
+    def generate(self, chains: Chains) -> Generations:
         # a server without `n` gets as many chains side by side as samples; one lost sample loses the request
         copies = [1 if self._config.many_samples or not chain else chain[0].samples for chain in chains]
         rows = [
@@ -199,7 +200,7 @@ class ServerTeacher(Teacher):
         if anew > max(Levenshtein.normalized_similarity(again, whole[half : 2 * half]), 0.5):
             raise ServerError(self._begins_anew("its own text, given back to it by half"))
 
-    def _look_for_restarts(self, chains: Chains, generations: list[list[Generation | None]]) -> None:
+    def _look_for_restarts(self, chains: Chains, generations: Generations) -> None:
         pairs = [pair for rows in zip(chains, generations, strict=True) for pair in zip(*rows, strict=True)]
         known = [(r.prefix, g.texts) for r, g in pairs if g is not None and len(r.prefix) >= 2 * RESTART_CHARACTERS]
         anew = [text.startswith(prefix[:RESTART_CHARACTERS]) for prefix, texts in known for text in texts]
