@@ -10,20 +10,15 @@ then a second recipe with OPD alone from its student. Results: benchmarks/result
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from oprd.demo.run import HELD_OUT_PROBLEMS, MODELS, TRAINING_PROBLEMS
-from oprd.demo.task import sums, write_jsonl
+from oprd.demo.run import MODELS
 from oprd.files import read_jsonl
 from oprd.recipe import parse_recipe
 from oprd.train.fit_bridge import fit_bridge
 from oprd.train.run import run_recipe
-from oprd.train.run_folder import describe_machine
-from ride import ROOT, SEEDS, STEPS, table, tree
+from ride import ROOT, SEEDS, STEPS, is_stored, prepare, store, table, tree
 
 OUT = ROOT / "runs" / "crossfade"
 RESULT = ROOT / "benchmarks" / "results" / "crossfade.json"
@@ -76,19 +71,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--table", action="store_true")
     if not parser.parse_args().table:
-        torch.set_num_threads(1)
-        OUT.mkdir(parents=True, exist_ok=True)
-        write_jsonl(OUT / "train.jsonl", sums(TRAINING_PROBLEMS, seed=1, held_out=False))
-        write_jsonl(OUT / "held_out.jsonl", sums(HELD_OUT_PROBLEMS, seed=2, held_out=True))
-        stored = json.loads(RESULT.read_text()) if RESULT.is_file() else {"rows": []}
+        stored = prepare(OUT, RESULT)
         for seed in SEEDS:
             if not Path(bridge(seed)["bridge"]).is_file():
                 fit_bridge(parse_recipe(recipe(bridge(seed), seed, f"fit-{seed}")))
             for name in ("bridge", "opd", "switch 10", "fade 10", "fade 50"):
-                if not any(row["arm"] == name and row["seed"] == seed for row in stored["rows"]):
-                    scores = run_arm(name, seed)
-                    stored["rows"].append({"arm": name, "seed": seed, "avg_at_4": scores, "learning_rate": RATE})
-                    RESULT.write_text(json.dumps(stored | {"machine": describe_machine()}, indent=1) + "\n")
+                if not is_stored(stored, name, seed):
+                    store(RESULT, stored, arm=name, seed=seed, avg_at_4=run_arm(name, seed), learning_rate=RATE)
     table(RESULT)
 
 

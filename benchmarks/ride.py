@@ -57,22 +57,35 @@ def tree(objective: dict[str, Any], rate: float, seed: int, out: Path, run: str)
     }
 
 
-def run_arms(out: Path, result: Path, runs: dict[str, tuple[dict[str, Any], float]]) -> None:
-    """Every arm (objective, learning rate) with every seed; rows of finished ones are kept."""
+def prepare(out: Path, result: Path) -> dict[str, Any]:
+    """Writes the problems and returns what `result` holds so far; one thread, so that runs can be repeated exactly."""
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     write_jsonl(out / "train.jsonl", sums(TRAINING_PROBLEMS, seed=1, held_out=False))
     write_jsonl(out / "held_out.jsonl", sums(HELD_OUT_PROBLEMS, seed=2, held_out=True))
-    stored = json.loads(result.read_text()) if result.is_file() else {"rows": []}
+    return json.loads(result.read_text()) if result.is_file() else {"rows": []}
+
+
+def is_stored(stored: dict[str, Any], arm: str, seed: int) -> bool:
+    return any(row["arm"] == arm and row["seed"] == seed for row in stored["rows"])
+
+
+def store(result: Path, stored: dict[str, Any], **row: Any) -> None:
+    stored["rows"].append(row)
+    result.write_text(json.dumps(stored | {"machine": describe_machine()}, indent=1) + "\n")
+
+
+def run_arms(out: Path, result: Path, runs: dict[str, tuple[dict[str, Any], float]]) -> None:
+    """Every arm (objective, learning rate) with every seed; rows of finished ones are kept."""
+    stored = prepare(out, result)
     for seed in SEEDS:
         for name, (objective, rate) in runs.items():
-            if any(row["arm"] == name and row["seed"] == seed for row in stored["rows"]):
+            if is_stored(stored, name, seed):
                 continue
             run = f"{name.replace(' ', '-')}-{seed}"
             run_recipe(parse_recipe(tree(objective, rate, seed, out, run)))
             scores = {row["step"]: row["avg_at_k"] for row in read_jsonl(out / run / "evaluations.jsonl")}
-            stored["rows"].append({"arm": name, "seed": seed, "avg_at_4": scores, "learning_rate": rate})
-            result.write_text(json.dumps(stored | {"machine": describe_machine()}, indent=1) + "\n")
+            store(result, stored, arm=name, seed=seed, avg_at_4=scores, learning_rate=rate)
 
 
 def table(result: Path) -> None:
