@@ -65,6 +65,39 @@ def test_templates_fill_columns_and_leave_other_braces_alone():
         fill("{proof}", {"problem": "x"})
 
 
+def test_the_reference_answer_is_shown_to_a_teacher_alone(tmp_path, tokenizer):
+    template = r"{problem} Put it in \boxed{answer}."
+    (tmp_path / "d.jsonl").write_text(json.dumps({"problem": "1+2", "answer": "3", "style": "brief"}) + "\n")
+    (prompt,) = load(tmp_path / "d.jsonl", tokenizer, prompt_template=template, system_prompt="Be {style}.")
+    assert [turn.content for turn in prompt.messages] == ["Be brief.", r"1+2 Put it in \boxed{answer}."]
+    assert fill(template, prompt.columns) == r"1+2 Put it in \boxed{3}."
+    with pytest.raises(DataError, match=r"prompt_template asks for \{answer\}, the dataset has problem, style to show"):
+        load(tmp_path / "d.jsonl", tokenizer, prompt_template="{problem} It is {answer}.")
+
+
+USER, ASKED = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "hi", "tools": [{"name": "add"}]}, "column 'tools' would be left out"),
+        ({"messages": [USER, ASKED | {"tool_calls": [{"id": 1}]}, USER]}, "a message has 'tool_calls'"),
+        ({"prompt": [USER], "completion": [ASKED, USER, ASKED]}, "must be one assistant message, has 3 messages"),
+        ({"prompt": [USER], "completion": [USER]}, "must be one assistant message, has 1 messages"),
+        ({"prompt": [USER, ASKED], "completion": "yo"}, "ends with the assistant, and there is a column 'completion'"),
+        ({"messages": [ASKED, USER]}, "refuses a conversation of the roles assistant, user: start with the user"),
+    ],
+)
+def test_what_a_conversation_would_lose_is_refused_by_name(row, reason, tmp_path):
+    tokenizer = load_miniature("base").tokenizer
+    check = "{% if messages[0].role != 'user' %}{{ raise_exception('start with the user') }}{% endif %}"
+    tokenizer.chat_template = check + tokenizer.chat_template
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=f"d.jsonl:1: .*{reason}"):
+        load(tmp_path / "d.jsonl", tokenizer)
+
+
 def test_a_new_system_prompt_replaces_the_old_one():
     turns = (Message(role="system", content="old"), Message(role="user", content="hi"))
     assert [t.content for t in with_prompt(turns, {}, "new", None)] == ["new", "hi"]

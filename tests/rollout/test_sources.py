@@ -84,7 +84,8 @@ def answer(text: str, finished: bool = True) -> Generation:
 def bound(source: Source, tokenizer, **context) -> Source:
     given = {"engine": Written(), "teacher": Scripted([]), "verifier": VerifierPool(), "seed": 0, "rank": 0} | context
     end = tokenizer.eos_token_id
-    return source.bind(SourceContext(tokenizer=tokenizer, end_of_turn=end, max_new_tokens=80, **given))
+    stops = frozenset({end})
+    return source.bind(SourceContext(tokenizer=tokenizer, end_of_turn=end, stop_ids=stops, max_new_tokens=80, **given))
 
 
 def prompt(row: int = 0, **columns) -> Prompt:
@@ -199,7 +200,7 @@ def test_a_placeholder_that_is_no_column_is_reported_under_its_own_key():
         RewriteSource(prompt="{prompt} {completion} {solution}").check_prompts([prompt()])
     facts = TeacherFacts(provides=LOCAL, why_not={}, model=ModelFacts.read(str(MODELS / "teacher")))
     with pytest.raises(DataError, match=r"system_prompt asks for \{style\}"):
-        LocalTeacherConfig(model="m", system_prompt="{style}").render(prompt(), facts)
+        LocalTeacherConfig(model="m", system_prompt="{style}").render(prompt(), facts, 0)
 
 
 def test_a_cut_completion_keeps_its_cut_unless_the_teacher_ends_it(tokenizer, verifier):
@@ -344,3 +345,15 @@ def test_a_step_on_which_nothing_could_be_used_changes_no_weight_and_is_counted(
     assert row["train/skipped_steps/total"] == 1
     before = load_miniature("base").model.state_dict()
     assert all(bool((value == before[name]).all()) for name, value in done.model.state_dict().items())
+
+
+def test_a_completion_of_the_dataset_ends_once(tokenizer):
+    end = tokenizer.eos_token_id
+    source = bound(DatasetSource(), tokenizer)
+    given = [
+        prompt(i, completion=text)
+        for i, text in enumerate(("7", f"7{tokenizer.eos_token}", f"7{tokenizer.eos_token}8"))
+    ]
+    written, _ = source.rollouts(given, ONE, 1)
+    assert written.completion_ids == ((*tokenizer("7")["input_ids"], end),) * 3
+    assert written.finished == (True,) * 3

@@ -4,12 +4,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from oprd.errors import DataError
 from oprd.types import Message
 
-_PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
+_PLACEHOLDER = re.compile(r"(\\[A-Za-z]+)?\{([A-Za-z_]\w*)\}")
+"""`{column}`; behind a LaTeX command it may be that command's argument."""
 
 
 def fill(template: str, columns: Mapping[str, str], *, key: str = "prompt_template") -> str:
@@ -17,11 +19,17 @@ def fill(template: str, columns: Mapping[str, str], *, key: str = "prompt_templa
 
     Raises DataError for a placeholder that is not a column, naming the recipe's `key` of the template.
     """
-    for name in _PLACEHOLDER.findall(template):
-        if name not in columns:
-            known = ", ".join(sorted(columns)) or "no text columns"
-            raise DataError(f"{key} asks for {{{name}}}, the dataset has {known}")
-    return _PLACEHOLDER.sub(lambda match: columns[match[1]], template)
+
+    def value(match: re.Match[str]) -> str:
+        command, name = match.groups(default="")
+        if name in columns:
+            return command + (f"{{{columns[name]}}}" if command else columns[name])
+        if command:
+            return match[0]
+        known = ", ".join(sorted(columns)) or "no text columns"
+        raise DataError(f"{key} asks for {{{name}}}, the dataset has {known} to show")
+
+    return _PLACEHOLDER.sub(value, template)
 
 
 def with_prompt(
@@ -93,5 +101,9 @@ def _apply_template(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool
 ) -> str:
     turns = [{"role": turn.role, "content": turn.content} for turn in messages]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:
+        roles = ", ".join(turn.role for turn in messages)
+        raise DataError(f"the chat template refuses a conversation of the roles {roles}: {error}") from error
     return cast(str, text)

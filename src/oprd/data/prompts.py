@@ -18,6 +18,8 @@ from oprd.section import OwnPrompt, PositiveInt
 from oprd.types import Message, Prompt
 
 TEXT_COLUMNS = ("prompt", "problem", "question")
+UNUSABLE = ("tools", "images", "image", "videos", "audio")
+"""Columns that change what a conversation means to a model."""
 Row = Mapping[str, Any]
 Rows = Iterator[tuple[str, Row]]
 """(where, row): file and line for error messages, and the columns."""
@@ -129,7 +131,9 @@ def _rows_of(dataset: Dataset, source: str = "dataset") -> Rows:
 
 def _prompt(number: int, row: Row, config: DataConfig, tokenizer: PreTrainedTokenizerBase, room: int) -> Prompt:
     columns = {name: str(value) for name, value in row.items() if isinstance(value, str | int | float)}
-    messages, completion = _messages(row, columns, config)
+    # the student and an evaluation never see the reference answer; a teacher may
+    shown = {name: text for name, text in columns.items() if name != config.answer}
+    messages, completion = _messages(row, shown, config)
     token_ids = render(tokenizer, messages)
     if not 0 < len(token_ids) <= room:
         raise DataError(
@@ -164,12 +168,21 @@ def _field(row: Row, path: str) -> Any:
 
 def _messages(row: Row, columns: Mapping[str, str], config: DataConfig) -> tuple[tuple[Message, ...], str | None]:
     """The conversation, and the dataset's completion if there is one: its column, or a last assistant message."""
+    for column in UNUSABLE:
+        if row.get(column):
+            raise DataError(
+                f"column {column!r} would be left out, and the model would answer another prompt; drop the row"
+            )
     completion = row.get("completion")
     given = row.get("messages") if row.get("messages") is not None else row.get("prompt")
     template = config.prompt_template
     if isinstance(given, list):
         turns = [_turn(turn) for turn in given]
         if turns and turns[-1].role == "assistant":
+            if completion is not None:
+                raise DataError(
+                    "the conversation ends with the assistant, and there is a column 'completion' too; drop one"
+                )
             completion = turns.pop().content
         if not turns:
             raise DataError("the conversation has no message before the assistant's")
@@ -177,7 +190,10 @@ def _messages(row: Row, columns: Mapping[str, str], config: DataConfig) -> tuple
         text = fill(template, columns) if template else _text(row)
         turns, template = [Message(role="user", content=text)], None
     if isinstance(completion, list):
-        completion = "".join(_turn(turn).content for turn in completion)
+        answers = [_turn(turn) for turn in completion]
+        if [turn.role for turn in answers] != ["assistant"]:
+            raise DataError(f"column 'completion' must be one assistant message, has {len(answers)} messages")
+        completion = answers[0].content
     if completion is not None and not isinstance(completion, str):
         raise DataError(f"column 'completion' must be text or messages, got {completion!r}")
     return with_prompt(turns, columns, config.system_prompt, template), completion
@@ -197,4 +213,7 @@ def _turn(turn: Any) -> Message:
     role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
     if not isinstance(role, str) or not isinstance(content, str):
         raise DataError(f"a message must have text 'role' and 'content', got {turn!r}")
+    lost = [key for key, value in turn.items() if key not in {"role", "content"} and value]
+    if lost:
+        raise DataError(f"a message has {lost[0]!r}, which is not supported and would be left out; drop the row")
     return Message(role=role, content=content)

@@ -35,7 +35,9 @@ class SourceContext:
     tokenizer: PreTrainedTokenizerBase
     """The student's."""
     end_of_turn: int
-    """Token that ends the student's turn."""
+    """Token that ends a turn of the student that was not written by it."""
+    stop_ids: frozenset[int]
+    """Every token that ends its turn."""
     max_new_tokens: int
     """Longest completion of the run."""
     seed: int
@@ -79,12 +81,17 @@ class Source(Section, ABC):
 
     def _dataset_writes(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollouts:
         """The dataset's completions, ended by the stop token unless they are too long."""
-        most, end = sampling.max_new_tokens, self._context.end_of_turn
-        ids = [(*encode(self._context.tokenizer, p.completion or ""), end) for p in prompts]
+        most = sampling.max_new_tokens
+        ids = [self._ended(encode(self._context.tokenizer, p.completion or "")) for p in prompts]
         return Rollouts(
             prompts=tuple(prompts), completion_ids=tuple(row[:most] for row in ids),
             finished=tuple(len(row) <= most for row in ids), written_by="dataset", max_new_tokens=most,
         )  # fmt: skip
+
+    def _ended(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The ids up to the first token that ends the student's turn, or with one behind them."""
+        stop = next((i for i, token in enumerate(ids) if token in self._context.stop_ids), len(ids))
+        return (*ids[:stop], *(ids[stop : stop + 1] or (self._context.end_of_turn,)))
 
     def _require_completions(self, prompts: Sequence[Prompt], why: str) -> None:
         bare = next((prompt for prompt in prompts if not prompt.completion), None)
@@ -237,7 +244,7 @@ class RewriteSource(_TeacherWrites):
         same = verify([_text(answer) for answer in answers], [own[i].extracted or "" for i in asked])
         ids, finished = list(written.completion_ids), list(written.finished)
         for i, answer, verdict in zip(asked, answers, same, strict=True):
-            rewrite = (*encode(tokenizer, _text(answer)), self._context.end_of_turn)
+            rewrite = self._ended(encode(tokenizer, _text(answer)))
             reasons[i] = _reason(answer, longer=len(rewrite) > len(ids[i]), same=verdict.correct)
             if reasons[i] is None:
                 ids[i], finished[i] = rewrite, True
