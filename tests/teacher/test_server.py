@@ -1,6 +1,7 @@
 """Teachers behind a server, on whole steps and runs: what they ask, what comes of it, what happens when they give out."""
 
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -149,6 +150,51 @@ def test_a_teacher_that_finds_the_completions_less_probable_than_chance_is_refus
         ServerError, match=r"mean log-probability of -\d+.\d+ nats a token; random tokens would have -5.5"
     ):
         teacher.annotate(replace(rollouts, completion_ids=noise))
+
+
+def altered(server, change) -> None:
+    """Let `change` edit the log-probabilities of the last token of every prompt that is longer than the check at start."""
+    inner = server.reply
+
+    def reply(path, body):
+        answer = inner(path, body)
+        rows = answer["choices"][0]["prompt_logprobs"]
+        change(rows[-1], str(body["prompt"][-1]))
+        return answer
+
+    server.reply = reply
+
+
+@pytest.mark.parametrize("value", [-9999.0, -math.inf])
+def test_a_token_that_a_server_calls_impossible_has_weight_0(value, server, tmp_path):
+    teacher = connect(ServerTeacherConfig(**served(server.url)), tmp_path, logprobs=True, top_k=2)
+    altered(server, lambda row, token: row[token].update(logprob=value))
+    rollouts = given_rollouts(load_miniature("teacher").tokenizer)
+    annotated = teacher.annotate(rollouts)
+    assert annotated.token_weights == tuple((1.0,) * (n - 1) + (0.0,) if n else () for n in rollouts.lengths)
+    joined = teacher.targets(annotated, Taps()).logprobs
+    assert float(joined.sampled.min()) > -100
+    assert float(joined.top_logprobs.min()) > -100
+    counts = {metric.name: metric.sum for metric in teacher.metrics()}
+    assert counts["teacher/impossible_tokens/sum"] == sum(n > 0 for n in rollouts.lengths)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda row, token: row[token].update(logprob=math.nan), "are not numbers or are above 0"),
+        (lambda row, token: row[token].update(logprob=0.5), "are not numbers or are above 0"),
+        (
+            lambda row, token: row.update({"100000": {"logprob": -1.0}}),
+            "gives token id 100000; .* vocabulary ends at 261",
+        ),
+    ],
+)
+def test_log_probabilities_that_cannot_be_are_refused_before_they_are_learned_from(change, reason, server, tmp_path):
+    teacher = connect(ServerTeacherConfig(**served(server.url)), tmp_path, logprobs=True)
+    altered(server, change)
+    with pytest.raises(ServerError, match=reason):
+        teacher.annotate(given_rollouts(load_miniature("teacher").tokenizer))
 
 
 def test_without_a_tokenizer_or_with_another_one_a_server_provides_text_alone(tmp_path):

@@ -34,6 +34,10 @@ PROBE_TOKENS = 24
 RESTART_CHARACTERS = 12
 # above this share of such continuations the run stops
 RESTARTED_ALARM = 0.5
+# a log-probability below it stands for a probability of 0: servers send -9999 where JSON has no -inf
+IMPOSSIBLE = -9000.0
+# a log-probability may be above 0 by so much
+ROUNDING = 1e-3
 BY_TOKEN_ID = (Capability.LOGPROBS, Capability.TOP_K, Capability.SAME_TOKENIZER)
 
 
@@ -96,7 +100,8 @@ class ServerTeacher(Teacher):
         self._config, self._transport, self._needs, self._device = config, transport, context.needs, context.device
         # None only where nothing asks for it
         self._tokenizer = cast(PreTrainedTokenizerBase, facts.model and facts.model.tokenizer)
-        self._plausible = False
+        self._vocabulary = context.student.vocabulary
+        self._plausible, self._impossible = False, 0
         self._restarted, self._continued = 0, 0
 
     def check(self, prompts: Sequence[Prompt]) -> None:
@@ -119,7 +124,7 @@ class ServerTeacher(Teacher):
                 self._check_continues(question)
 
     def annotate(self, rollouts: Rollouts) -> Rollouts:
-        """Rollouts with the log-probabilities of every completion; those the server lost have weight 0."""
+        """Rollouts with the log-probabilities of every completion; what the server lost or calls impossible has weight 0."""
         if not self._needs.logprobs:
             return rollouts
         pairs = [(p.teacher_token_ids, ids) for p, ids in zip(rollouts.prompts, rollouts.completion_ids, strict=True)]
@@ -128,9 +133,18 @@ class ServerTeacher(Teacher):
         targets, weights, known = [], [], []
         for (prompt_ids, ids), row, own in zip(pairs, rows, given, strict=True):
             if row and row[0] is not None:
-                targets.append(self._read_logprobs(row[0], prompt_ids, ids))
-                known.append(targets[-1].sampled)
-                weights.append(own)
+                read = self._read_logprobs(row[0], prompt_ids, ids)
+                # a probability of 0, which no loss can use: the token is left out
+                possible = (torch.cat((read.sampled[:, None], read.top_logprobs), dim=1) > IMPOSSIBLE).all(1)
+                read = replace(
+                    read,
+                    sampled=read.sampled.masked_fill(~possible, 0.0),
+                    top_logprobs=read.top_logprobs.masked_fill(~possible[:, None], 0.0),
+                )
+                self._impossible += int((~possible).sum())
+                targets.append(read)
+                known.append(read.sampled[possible])
+                weights.append(tuple(w * yes for w, yes in zip(own, possible.tolist(), strict=True)))
             else:
                 targets.append(self._targets([0.0] * len(ids), [[(0, 0.0)] * self._needs.top_k] * len(ids)))
                 weights.append((0.0,) * len(ids))
@@ -160,11 +174,14 @@ class ServerTeacher(Teacher):
         return generations
 
     def metrics(self) -> tuple[Metric, ...]:
-        if not self._needs.text:
-            return self._transport.metrics()
-        share = Metric(name="teacher/restarted/share", sum=float(self._restarted), count=float(self._continued))
-        self._restarted, self._continued = 0, 0
-        return (*self._transport.metrics(), share)
+        found = [*self._transport.metrics()]
+        if self._needs.logprobs:
+            found.append(Metric(name="teacher/impossible_tokens/sum", sum=float(self._impossible)))
+        if self._needs.text:
+            share = Metric(name="teacher/restarted/share", sum=float(self._restarted), count=float(self._continued))
+            found.append(share)
+        self._restarted, self._continued, self._impossible = 0, 0, 0
+        return tuple(found)
 
     def _text_request(self, request: GenerationRequest) -> Request:
         sampling = {"n": request.samples} if request.samples > 1 else {}
@@ -234,6 +251,12 @@ class ServerTeacher(Teacher):
         except (KeyError, TypeError, ValueError, AttributeError):
             raise ServerError(f"{url} does not answer `prompt_logprobs` as vLLM does; use a server that does") from None
         wrong = [token for token, row in zip(ids, rows, strict=False) if token not in row]
+        if any(not x <= ROUNDING for row in rows for x in row.values()):
+            raise ServerError(f"{url} gives log-probabilities that are not numbers or are above 0; it is broken")
+        if strange := [i for row in rows for i in row if not 0 <= i < self._vocabulary]:
+            raise ServerError(
+                f"{url} gives token id {strange[0]}; the student's vocabulary ends at {self._vocabulary - 1}"
+            )
         if wrong or len(rows) != len(ids):
             token = wrong[0] if wrong else ids[0]
             piece = self._tokenizer.convert_ids_to_tokens([token])
