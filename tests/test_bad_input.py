@@ -130,6 +130,18 @@ def test_a_model_that_is_not_there_is_named(tmp_path, train_file, monkeypatch):
     assert "nothing" in refusal(tree, ModelError)
 
 
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path, train_file, monkeypatch):
+    monkeypatch.setattr("oprd.train.setup.get_available_trackers", lambda: ["tensorboard"])
+    message = refusal(miniature_recipe(tmp_path / "run", train_file, report_to=["tensorboard", "wandb"]), ConfigError)
+    assert message.startswith("report_to names 'wandb', which is not installed")
+
+
+def test_a_completion_has_to_fit_the_teachers_context_too(tmp_path, train_file):
+    teacher = {"type": "self", "prompt_template": "1+" * 100 + "{problem}"}
+    message = refusal(miniature_recipe(tmp_path / "run", train_file, teacher=teacher), DataError)
+    assert "its context of 256 is to hold 48 more" in message
+
+
 def test_a_folder_that_is_not_a_run_is_not_written_to(tmp_path, train_file):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("x")

@@ -123,7 +123,7 @@ def main() -> None:
         sys.exit(EXIT_USER_ERROR)
     except Interrupted as error:
         console.print(f"{error}. {go_on}.", highlight=False)
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(128 + error.signal)
     except SystemExit as exit:
         # typer turns a Ctrl-C outside of the loop into this exit, in silence
         if exit.code == EXIT_INTERRUPTED:

@@ -220,7 +220,11 @@ class Extrapolation:
             if len(set(self._ranks.all_gather([float(accepted)])[:, 0].tolist())) > 1:
                 raise TrainingStopped(f"step {step}: ranks accepted different candidates; their scores must be equal")
 
-        found = search(self.config, measure, decided)
+        try:
+            found = search(self.config, measure, decided)
+        except BaseException:
+            self._move(plain, 0.0)  # the loop saves what is in place
+            raise
         self._move(plain, found.accepted)
         self._remember()
         return {

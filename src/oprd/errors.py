@@ -34,4 +34,8 @@ class TrainingStopped(OprdError):
 
 
 class Interrupted(Exception):
-    """The user asked to stop; a checkpoint of the last whole step is on disk."""
+    """The user asked to stop, by a signal; a checkpoint of the last whole step is on disk."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal

@@ -87,6 +87,8 @@ class Student(Model):
     ) -> None:
         """`updates`: optimizer steps of the whole run, for the learning rate's schedule."""
         self.lm = lm
+        self.between_steps = True
+        """False from the first update of a step until the loop has counted the step: a checkpoint would hold half a step."""
         self._accelerator = accelerator
         self._settings = settings
         inner = DistillModel(lm, objectives)
@@ -139,6 +141,7 @@ class Student(Model):
     def optimizer_step(self, *, skip: bool = False) -> None:
         """Update the weights and the learning rate unless `skip`, and drop the gradients."""
         if not skip:
+            self.between_steps = False
             self.optimizer.step()
             self.scheduler.step()
         self.optimizer.zero_grad()

@@ -105,3 +105,16 @@ def test_a_saved_model_is_scored_once_per_folder(held_out_file, tmp_path):
     assert len(read_jsonl(tmp_path / "held_out.jsonl")) == 8
     with pytest.raises(ConfigError, match="holds an evaluation already"):
         evaluate_model("no model", config, out=tmp_path)
+
+
+def test_two_benchmarks_of_one_file_name_stay_apart(held_out_file, tmp_path):
+    tokenizer, files = load_miniature("base").tokenizer, []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        files.append(str(tmp_path / folder / "test.jsonl"))
+        (tmp_path / folder / "test.jsonl").write_text(held_out_file.read_text())
+    one, other = load_benchmarks(EvaluationConfig(benchmarks=files), tokenizer, context=2048)
+    assert one.name.endswith("a_test.jsonl")
+    assert other.name.endswith("b_test.jsonl")
+    with pytest.raises(ConfigError, match="names one twice"):
+        load_benchmarks(EvaluationConfig(benchmarks=[files[0], files[0]]), tokenizer, context=2048)

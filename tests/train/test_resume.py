@@ -1,5 +1,6 @@
 """Nothing is lost: a run that was stopped, killed or interrupted goes on as if it had not been."""
 
+import json
 import os
 import shutil
 import signal
@@ -9,15 +10,20 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from conftest import miniature_recipe
+from oprd.algorithm import Distillation
 from oprd.errors import Interrupted, RunFolderError
+from oprd.files import read_jsonl
 from oprd.recipe import parse_recipe
 from oprd.train import checkpoint, loop
 from oprd.train.checkpoint import load_weights
+from oprd.train.interrupt import Interrupt
 from oprd.train.run import run_recipe
-from train.runs import assert_equal_runs, metrics
+from oprd.train.run_folder import RunFolder
+from train.runs import assert_equal_runs, metrics, saved_student
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +167,75 @@ def test_a_checkpoint_of_another_run_is_refused(tree, tmp_path):
         run_recipe(parse_recipe(tree | {"resume_from_checkpoint": str(other)}))
     with pytest.raises(RunFolderError, match="is not a complete checkpoint"):
         run_recipe(parse_recipe(tree | {"resume_from_checkpoint": str(tmp_path)}))
+
+
+def test_a_run_whose_last_evaluation_fails_has_its_student_and_goes_on_with_other_settings(tree, tmp_path, monkeypatch):
+    recipe = tree | {"output_dir": str(tmp_path / "run"), "eval_steps": None}
+
+    def out_of_memory(*_):
+        raise RuntimeError("out of memory")
+
+    real = loop._evaluate
+    monkeypatch.setattr(loop, "_evaluate", out_of_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_recipe(parse_recipe(recipe))
+    monkeypatch.setattr(loop, "_evaluate", real)
+    student = saved_student(tmp_path / "run")
+    smaller = {"rollout": recipe["rollout"] | {"engine": {"type": "hf", "max_sequences": 4}}}
+    smaller |= {"evaluation": recipe["evaluation"] | {"samples": 1}, "micro_batch_tokens": 4096}
+    done = run_recipe(parse_recipe(recipe | smaller | {"resume_from_checkpoint": "latest"}))
+    assert done.result.evaluations[0].samples == 1
+    assert all(torch.equal(value, student[name]) for name, value in saved_student(tmp_path / "run").items())
+    assert "12" in (tmp_path / "run" / "student" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("place", ["targets", "step_metrics"])
+def test_an_error_in_a_step_loses_no_whole_step(place, tree, tmp_path, monkeypatch):
+    """Before the weights change the step before is saved; once they have changed, and the step is counted, the step itself."""
+    recipe = tree | {"output_dir": str(tmp_path / "run"), "save_steps": 100, "eval_steps": None, "evaluation": {}}
+    owner = Distillation if place == "targets" else loop
+    real, calls = getattr(owner, place), []
+
+    def fail(*given, **named):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("broken")
+        return real(*given, **named)
+
+    monkeypatch.setattr(owner, place, fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        run_recipe(parse_recipe(recipe))
+    monkeypatch.setattr(owner, place, real)
+    (saved,) = checkpoint.complete_checkpoints(tmp_path / "run" / "checkpoints")
+    assert saved.name == f"step-{len(metrics(tmp_path / 'run')) + (place == 'step_metrics'):06d}"
+    run_recipe(parse_recipe(recipe | {"resume_from_checkpoint": "latest"}))
+    ours, whole = saved_student(tmp_path / "run"), saved_student(Path(tree["output_dir"]))
+    assert all(torch.equal(value, whole[name]) for name, value in ours.items())
+
+
+def test_a_folder_in_use_is_refused_naming_the_process_that_has_it(tree, tmp_path):
+    shutil.copytree(tree["output_dir"], tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    folder.hold()
+    recipe = parse_recipe(tree | {"output_dir": str(tmp_path / "run"), "resume_from_checkpoint": "latest"})
+    with pytest.raises(RunFolderError, match=f"is in use by process {os.getpid()} on "):
+        run_recipe(recipe)
+    folder.release()
+    assert run_recipe(recipe).result.steps == 6
+
+
+def test_lines_of_a_log_end_at_newlines_only(tmp_path):
+    folder = RunFolder(tmp_path)
+    rows = [{"step": 1, "completion": "1+\u20285\u2028\u0085"}, {"step": 2, "completion": "x"}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    folder.samples.write_bytes(text.encode() + '{"step": 3, "completion": "né'.encode()[:-1])
+    folder.cut_after(1)
+    assert read_jsonl(folder.samples) == rows[:1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_a_signal_asks_the_loop_to_stop_and_is_remembered(number):
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), number)
+        assert interrupt.asked
+        assert interrupt.signal == number

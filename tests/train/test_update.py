@@ -109,3 +109,9 @@ def test_a_skipped_update_among_others_is_counted_and_leaves_the_step_standing()
     lost = Update(losses=(math.nan,), supervised=(8,), grad_norm=math.nan, finite=False)
     assert mean_update((fine, lost, replace(fine, losses=(3.0,)))) == replace(fine, losses=(2.0,))
     assert not mean_update((lost, lost)).finite
+
+
+def test_a_launchers_gradient_accumulation_changes_nothing(tmp_path, train_file, monkeypatch):
+    alone = weights_after(tmp_path / "alone", train_file)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert_same_weights(weights_after(tmp_path / "launched", train_file), alone, atol=0)

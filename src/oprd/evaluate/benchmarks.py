@@ -7,7 +7,7 @@ from typing import Annotated
 from transformers import PreTrainedTokenizerBase
 
 from oprd.data.prompts import DataConfig, RowsSection, load_prompts
-from oprd.errors import DataError
+from oprd.errors import ConfigError, DataError
 from oprd.models.generate import SamplingSection
 from oprd.section import Field, Listed, PositiveInt
 from oprd.types import Prompt
@@ -48,10 +48,16 @@ def load_benchmarks(
     config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, *, context: int
 ) -> tuple[Benchmark, ...]:
     """Every benchmark of the config, rendered for the model. Raises DataError for one without answers."""
-    return tuple(_load(name, config, tokenizer, context) for name in config.benchmarks)
+    names = [Path(name).stem for name in config.benchmarks]
+    if len(set(names)) < len(names):  # their scores would stand under one name
+        names = [name.strip("/").replace("/", "_") for name in config.benchmarks]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"evaluation.benchmarks names one twice: {', '.join(config.benchmarks)}; drop one")
+    named = zip(config.benchmarks, names, strict=True)
+    return tuple(Benchmark(name=name, prompts=_load(source, config, tokenizer, context)) for source, name in named)
 
 
-def _load(name: str, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, context: int) -> Benchmark:
+def _load(name: str, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, context: int) -> tuple[Prompt, ...]:
     source, split = HUB_NAMES.get(name, (name, "test"))
     data = DataConfig(
         prompts=source, split=split, limit=config.limit,
@@ -61,4 +67,4 @@ def _load(name: str, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBas
     for prompt in prompts:
         if prompt.answer is None:
             raise DataError(f"benchmark {name!r}: row {prompt.row} has no column 'answer'")
-    return Benchmark(name=Path(name).stem, prompts=prompts)
+    return prompts

@@ -136,8 +136,9 @@ class AnyTeacherConfig(Section, ABC):
         """What can be known before anything is loaded or asked. Raises an OprdError for what is wrong already."""
 
     @abstractmethod
-    def render(self, prompt: Prompt, facts: TeacherFacts) -> Prompt:
-        """The prompt with the conversation that its teacher sees. Raises DataError for one that no teacher can read."""
+    def render(self, prompt: Prompt, facts: TeacherFacts, room: int) -> Prompt:
+        """The prompt with the conversation that its teacher sees, which has to leave `room` tokens of the teacher's context
+        for the completion. Raises DataError for one that no teacher can read."""
 
     @abstractmethod
     def build(self, facts: TeacherFacts, context: TeacherContext, name: str = "") -> Teacher:
@@ -147,13 +148,13 @@ class AnyTeacherConfig(Section, ABC):
 class TeacherConfig(OwnPrompt, AnyTeacherConfig):
     """A single teacher, which may see another prompt than the student."""
 
-    def render(self, prompt: Prompt, facts: TeacherFacts) -> Prompt:
+    def render(self, prompt: Prompt, facts: TeacherFacts, room: int) -> Prompt:
         """The prompt with this teacher's conversation, in its own template and tokens."""
         messages = with_prompt(prompt.messages, prompt.columns, self.system_prompt, self.prompt_template)
         if facts.model is None:
             return replace(prompt, teacher_messages=messages)
         ids = render(facts.model.tokenizer, messages)
-        if len(ids) >= (context := facts.model.context):
-            given = f"the teacher's prompt has {len(ids)} tokens, its context is {context}"
-            raise DataError(f"row {prompt.row}: {given}; shorten or drop it")
+        if len(ids) + room > facts.model.context:
+            given = f"the teacher's prompt has {len(ids)} tokens, its context of {facts.model.context} is to hold {room} more"
+            raise DataError(f"row {prompt.row}: {given}; shorten or drop it, or lower max_completion_length")
         return replace(prompt, teacher_messages=messages, teacher_token_ids=ids)

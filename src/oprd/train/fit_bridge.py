@@ -46,7 +46,7 @@ def fit_bridge(recipe: Recipe, given: Given | None = None) -> tuple[Path, dict[s
 def prepare_fit(recipe: Recipe, objective: BridgeObjective, given: Given) -> FitJob:
     """Check everything cheap, then load both models."""
     accelerator, rollout = open_accelerator(recipe), recipe.rollout
-    ranks = Ranks(accelerator)
+    ranks, room = Ranks(accelerator), rollout.max_completion_length
     if ranks.size > 1:
         raise ConfigError(f"fit-bridge runs in one process, {ranks.size} were launched")
     facts = ModelFacts.read(given.student if given.student is not None else recipe.student.model, given.tokenizer)
@@ -58,7 +58,7 @@ def prepare_fit(recipe: Recipe, objective: BridgeObjective, given: Given) -> Fit
     limit = min(objective.fit_prompts, recipe.data.limit or objective.fit_prompts)
     prompts = load_prompts(
         recipe.data.model_copy(update={"limit": limit}), facts.tokenizer,
-        context=facts.context, room=rollout.max_completion_length, given=given.prompts,
+        context=facts.context, room=room, given=given.prompts,
     )  # fmt: skip
     if int(len(prompts) * HELD_OUT) < 1:
         raise DataError(
@@ -73,7 +73,7 @@ def prepare_fit(recipe: Recipe, objective: BridgeObjective, given: Given) -> Fit
         student=student,
         teacher=cast(LocalTeacher, recipe.teacher.build(teacher_facts, context)),
         setting=objective.setting(facts.blocks, teacher_facts.model.blocks),
-        prompts=tuple(recipe.teacher.render(prompt, teacher_facts) for prompt in prompts),
+        prompts=tuple(recipe.teacher.render(prompt, teacher_facts, room) for prompt in prompts),
         write=lambda some, number: engine.generate(some, sampling, seed=derive_seed(recipe.seed, "fit", number)),
         batch_size=max(1, rollout.engine.max_sequences // rollout.group_size),
         micro_batch_tokens=recipe.micro_batch_tokens,

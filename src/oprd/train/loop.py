@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from oprd.seeds import derive_seed
 from oprd.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from oprd.train.interrupt import Interrupt
 from oprd.train.metrics import diagnostics, progress_note, some_samples, step_metrics
-from oprd.train.save import save_student
+from oprd.train.save import save_student, write_card
 from oprd.train.setup import Parts
 from oprd.train.validation import validate
 from oprd.types import ALL_TOKENS, HiddenSpec, Rollouts, Taps, concatenate
@@ -67,11 +68,13 @@ def train(parts: Parts) -> Result:
     if recipe.resume_from_checkpoint is not None and done.is_file():
         console.print(f"{parts.folder.path} is finished already; nothing to do.")
         return _read_result(done)
-    progress = _start(parts)
     with contextlib.ExitStack() as stack:
+        stack.callback(parts.folder.release)
+        progress = _start(parts)
         interrupt = stack.enter_context(Interrupt())
         stack.callback(parts.method.teacher.close)
         stack.enter_context(parts.verifier)
+        stack.enter_context(_rescue(parts, progress))
         if recipe.eval_steps is not None and progress.step == 0:
             _evaluate(parts, progress)
         label = parts.folder.path.name
@@ -85,7 +88,8 @@ def train(parts: Parts) -> Result:
             if stop or last or progress.step % recipe.save_steps == 0:
                 _save(parts, progress)
             if stop and not last:
-                raise Interrupted(f"stopped after step {progress.step}")
+                raise Interrupted(f"stopped after step {progress.step}", interrupt.signal)
+        save_student(parts)
         evaluations = _evaluate(parts, progress)
     result = Result(
         steps=progress.step,
@@ -93,13 +97,29 @@ def train(parts: Parts) -> Result:
         seconds=round(progress.seconds + progress.evaluation_seconds, 1),
         evaluations=evaluations,
     )
-    save_student(parts, evaluations)
     if ranks.is_main:
+        write_card(parts, evaluations)
         write_atomically(done, json.dumps(asdict(result), indent=2))
     if recipe.report_to:
         parts.accelerator.end_training()
     ranks.wait()
     return result
+
+
+@contextlib.contextmanager
+def _rescue(parts: Parts, progress: Progress) -> Iterator[None]:
+    """Whatever error ends the run, the last whole step is saved first. Of several ranks none knows what became of the others."""
+    try:
+        yield
+    except Exception:
+        saved = (parts.folder.checkpoints / f"step-{progress.step:06d}").exists()
+        if parts.ranks.size == 1 and progress.step and not saved and parts.method.student.between_steps:
+            try:
+                _save(parts, progress)
+                console.print(f"The error below came after step {progress.step}, which was saved.", highlight=False)
+            except Exception as error:
+                console.print(f"Step {progress.step} could not be saved ({error}).", markup=False, highlight=False)
+        raise
 
 
 def _step(parts: Parts, progress: Progress, bar: Bar) -> None:
@@ -113,7 +133,7 @@ def _step(parts: Parts, progress: Progress, bar: Bar) -> None:
     update = mean_update(updates)
     progress.skipped_in_a_row = 0 if update.finite else progress.skipped_in_a_row + 1
     progress.skipped_steps += not update.finite
-    progress.step = step
+    progress.step, method.student.between_steps = step, True
     logged = step % recipe.logging_steps == 0
     metrics = step_metrics(method, update, written, step)
     if logged and recipe.health_tokens:

@@ -8,16 +8,18 @@ student/        the trained student              evaluations/      every complet
 teacher_cache.sqlite  what a server answered, and what it cost
 """
 
+import fcntl
 import json
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import torch
@@ -27,16 +29,12 @@ from oprd.files import write_atomically
 from oprd.recipe import Recipe, parse_recipe, read_yaml, recipe_to_dict, recipe_to_yaml
 
 MAY_CHANGE = (
-    "output_dir",
-    "resume_from_checkpoint",
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "eval_steps",
-    "report_to",
-    "max_skipped_steps",
-)
-"""Recipe keys that may differ on resume: none of them changes a weight."""
+    "output_dir", "resume_from_checkpoint", "logging_steps", "health_tokens", "save_steps", "save_total_limit", "eval_steps",
+    "evaluation", "report_to", "max_skipped_steps", "micro_batch_tokens", "rollout.engine",
+)  # fmt: skip
+"""Recipe keys that may differ on resume. None changes the method; the last two change the order of sums and of draws."""
+LOCK = ".lock"
+"""Held while a run goes; says by whom."""
 PACKAGES = ("oprd", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "math-verify")
 
 
@@ -52,12 +50,15 @@ class RunFolder:
         self.evaluations = self.path / "evaluations.jsonl"
         self.searches = self.path / "searches.jsonl"
         self.teacher_cache = self.path / "teacher_cache.sqlite"
+        self._lock: IO[str] | None = None
 
     def check(self, recipe: Recipe, *, needed_gib: float) -> None:
         """Raise RunFolderError unless this run may be written here, before anything is loaded.
 
         `needed_gib`: disk space that the checkpoints and the final student take.
         """
+        if (self.path / LOCK).is_file():
+            self._locked(fcntl.LOCK_SH).close()  # shared, because every rank looks
         resuming = recipe.resume_from_checkpoint is not None
         known = self.path / "recipe.yaml"
         if known.is_file():
@@ -74,6 +75,7 @@ class RunFolder:
     def create(self, recipe: Recipe) -> None:
         """Write down what was asked and where it runs; keep the record of an earlier start."""
         self.path.mkdir(parents=True, exist_ok=True)
+        self.hold()
         if not (self.path / "recipe.yaml").exists():
             write_atomically(self.path / "recipe.yaml", recipe_to_yaml(recipe))
             write_atomically(self.path / "run.json", json.dumps(describe_machine(), indent=2))
@@ -82,22 +84,51 @@ class RunFolder:
         """Forget the lines of steps after `step`: a resumed run writes them again. A torn last line goes as well."""
         for file in (self.metrics, self.samples, self.evaluations, self.searches):
             if file.exists():
-                kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-                write_atomically(file, "".join(line + "\n" for line in kept))
+                # lines end at newlines only: str.splitlines would cut at U+2028 and others, which are text
+                kept = [line for line in file.read_bytes().split(b"\n") if _step_of(line) <= step]
+                write_atomically(file, b"".join(line + b"\n" for line in kept).decode())
 
     def _check_same(self, recipe: Recipe, earlier: Recipe) -> None:
-        now, then = (_fixed(recipe_to_dict(one), one) for one in (recipe, earlier))
-        changed = [k for k in now if k not in MAY_CHANGE and now[k] != then[k]]
+        free = _may_change(recipe) & _may_change(earlier)
+        now, then = (dict(_leaves(recipe_to_dict(one))) for one in (recipe, earlier))
+        changed = [key for key in {**then, **now} if now.get(key) != then.get(key) and not free & set(_above(key))]
         if changed:
-            detail = "; ".join(f"{k}: {then[k]!r} then, {now[k]!r} now" for k in changed)
+            detail = "; ".join(f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in changed)
             raise RunFolderError(
                 f"{self.path} holds a run of another recipe ({detail}). Resume it with its own "
                 f"{self.path / 'recipe.yaml'}, or choose another output_dir"
             )
 
+    def hold(self) -> None:
+        """Take the folder for this process until `release`. Raises RunFolderError if another run has it."""
+        self.release()
+        self._lock = self._locked(fcntl.LOCK_EX)
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {platform.node()}")
+        self._lock.flush()
+
+    def release(self) -> None:
+        """Let other processes have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _locked(self, kind: int) -> IO[str]:
+        lock = (self.path / LOCK).open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with lock:
+                lock.seek(0)
+                raise RunFolderError(f"{self.path} is in use by {lock.read()}; wait for it, or stop it") from None
+        except OSError:
+            pass  # a file system without locks
+        return lock
+
     def _holds_other_things(self) -> bool:
-        """Besides the cache of a start that came no further than its teacher's server."""
-        return any(not file.name.startswith(self.teacher_cache.name) for file in self.path.iterdir())
+        """Besides what a start leaves that came no further than its teacher's server."""
+        own = (self.teacher_cache.name, LOCK)
+        return any(not file.name.startswith(own) for file in self.path.iterdir())
 
     def _check_writable(self, needed_gib: float) -> None:
         parent = self.path
@@ -133,20 +164,35 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def _fixed(tree: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """The recipe without the keys of its teachers that may change."""
-    teacher = tree["teacher"]
-    members = teacher.get("teachers", {"": teacher})
-    for name, config in recipe.teacher.members.items():
-        for key in config.MAY_CHANGE:
-            members[name].pop(key, None)
-    return tree
+def _may_change(recipe: Recipe) -> set[str]:
+    """Dotted keys, those of its teachers included."""
+    members = recipe.teacher.members
+    return {*MAY_CHANGE}.union(
+        f"teacher.teachers.{name}.{key}" if name else f"teacher.{key}"
+        for name, config in members.items()
+        for key in config.MAY_CHANGE
+    )
 
 
-def _step_of(line: str) -> float:
+def _leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything that is not a section."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def _above(key: str) -> Iterator[str]:
+    """The dotted key and every section it is in."""
+    parts = key.split(".")
+    return (".".join(parts[: n + 1]) for n in range(len(parts)))
+
+
+def _step_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"])
-    except json.JSONDecodeError:
+    except ValueError:  # torn
         return float("inf")
 
 

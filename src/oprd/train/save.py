@@ -15,8 +15,8 @@ from oprd.train.setup import Parts
 _STUDENT = "student."
 
 
-def save_student(parts: Parts, evaluations: Sequence[Evaluation]) -> None:
-    """Write weights (an adapter for a LoRA student), tokenizer, generation config and card. Called on every rank."""
+def save_student(parts: Parts) -> None:
+    """Write weights (an adapter for a LoRA student), tokenizer, generation config and a card. Called on every rank."""
     student, folder = parts.method.student, parts.folder.student
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=is_peft(student.lm.model))
     gathered = get_model_state_dict(student.wrapper, options=options)
@@ -32,7 +32,13 @@ def save_student(parts: Parts, evaluations: Sequence[Evaluation]) -> None:
     student.lm.tokenizer.save_pretrained(folder)
     if student.lm.core.generation_config is not None:
         student.lm.core.generation_config.save_pretrained(folder)
-    write_atomically(folder / "README.md", model_card(student.lm, parts.folder.path.name, parts.recipe, evaluations))
+    write_card(parts, ())
+
+
+def write_card(parts: Parts, evaluations: Sequence[Evaluation]) -> None:
+    """Write the student's README.md, with what was measured."""
+    card = model_card(parts.method.student.lm, parts.folder.path.name, parts.recipe, evaluations)
+    write_atomically(parts.folder.student / "README.md", card)
 
 
 def model_card(lm: LanguageModel, name: str, recipe: Recipe, evaluations: Sequence[Evaluation]) -> str:

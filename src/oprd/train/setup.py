@@ -9,6 +9,8 @@ import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import GradientAccumulationPlugin
 from transformers import PreTrainedTokenizerBase
 
 from oprd.algorithm import Distillation
@@ -88,8 +90,8 @@ def setup(recipe: Recipe, given: Given | None = None) -> Parts:
     engine = rollout.engine.build(student, synced_gpus=ranks.sharded)
     source = rollout.source.bind(
         SourceContext(
-            engine=engine, teacher=teacher, tokenizer=student.lm.tokenizer, end_of_turn=student.lm.end_of_turn,
-            max_new_tokens=rollout.max_completion_length, seed=recipe.seed, rank=ranks.rank, verifier=verifier,
+            engine=engine, teacher=teacher, tokenizer=student.lm.tokenizer, end_of_turn=student.lm.end_of_turn, 
+            stop_ids=frozenset(student.lm.stop_ids), max_new_tokens=rollout.max_completion_length, seed=recipe.seed, rank=ranks.rank, verifier=verifier,
         )
     )  # fmt: skip
     method = Distillation(
@@ -123,9 +125,10 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
     """The launcher's processes, in the recipe's precision. Raises ConfigError where each would train alone."""
     # accelerate keeps its first precision for the whole process; a second run in one process has its own recipe
     AcceleratorState._reset_state()
-    # the recipe says it all: a launcher's mixed precision setting is not looked at
+    # the recipe says it all: a launcher's settings of precision and accumulation are not looked at
     accelerator = Accelerator(
         mixed_precision="bf16" if recipe.bf16 else "no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=list(recipe.report_to) or None,
         project_dir=recipe.output_dir,
     )
@@ -150,6 +153,11 @@ def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -
         raise ConfigError(
             f"prompts_per_step is {recipe.prompts_per_step}, the processes are {ranks.size}; make it a multiple"
         )
+    missing = [name for name in recipe.report_to if name not in get_available_trackers()]
+    if missing:
+        raise ConfigError(
+            f"report_to names {missing[0]!r}, which is not installed; pip install {missing[0]}, or drop it"
+        )
     if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise ConfigError("bf16 is true, but this GPU does not support bfloat16; set bf16=false")
     objectives = tuple(objective.bind(student) for objective in recipe.objective)
@@ -163,7 +171,7 @@ def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -
         recipe.data, student.tokenizer, context=student.context, room=recipe.rollout.max_completion_length,
         given=given.prompts,
     )  # fmt: skip
-    prompts = tuple(recipe.teacher.render(prompt, teacher) for prompt in prompts)
+    prompts = tuple(recipe.teacher.render(prompt, teacher, recipe.rollout.max_completion_length) for prompt in prompts)
     recipe.rollout.source.check_prompts(prompts)
     _check_validation(recipe, objectives, teacher, prompts)
     return Checked(
