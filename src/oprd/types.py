@@ -309,6 +309,8 @@ class LMHead:
     """Factor on the logits."""
     softcap: float | None = None
     """Logits become softcap * tanh(logits / softcap)."""
+    stops: tuple[int, ...] = ()
+    """Token ids that are one action: each gets an equal share of their probability, so that divergences see the sum alone."""
 
     def first_rows(self, vocabulary: int) -> "LMHead":
         """The first `vocabulary` rows: padded vocabularies of equal content share them."""

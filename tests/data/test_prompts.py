@@ -4,6 +4,7 @@ import json
 
 import datasets
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig
 
 from conftest import load_miniature
@@ -108,6 +109,15 @@ def test_without_a_chat_template_the_text_is_read_as_it_is():
     tokenizer = load_miniature("base").tokenizer
     tokenizer.chat_template = None
     assert tokenizer.decode(render(tokenizer, [Message(role="user", content="1+2")])) == "1+2"
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt():
+    tokenizer = load_miniature("base").tokenizer
+    tokenizer.chat_template = None
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    assert tokenizer("1+2")["input_ids"][-1] == end[1]
+    assert render(tokenizer, (Message(role="user", content="1+2"),)) == tuple(tokenizer("1+2")["input_ids"][:-1])
 
 
 def test_stop_tokens_come_from_the_generation_config_the_tokenizer_and_the_template(tokenizer):

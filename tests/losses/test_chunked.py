@@ -1,5 +1,7 @@
 """Chunked losses equal their definitions, in value and every gradient, and never hold [N, V]."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -7,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from estimators import ESTIMATORS, exact
 from oprd.losses import chunked as module
-from oprd.losses.chunked import chunked, statistics
+from oprd.losses.chunked import chunked, logprobs_of, statistics
 from oprd.losses.divergences import entropy, token_logprobs
 from oprd.types import LMHead
 
@@ -68,6 +70,41 @@ def test_values_and_every_gradient_agree_with_the_definition(name, scale, softca
     assert_close(values, expected)
     for got, wanted in zip(grads, expected_grads, strict=True):
         assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd"])
+def test_stop_ids_are_one_action(name):
+    """The divergence is that of distributions in which one outcome holds the probability of all stop ids."""
+    stops = (3, 7, 20)
+    hidden, weight, bias, teacher_hidden, teacher_weight, ids = rows()
+    head, teacher_head = LMHead(weight=weight, bias=bias, scale=0.5, softcap=3.0), LMHead(weight=teacher_weight)
+    others = [i for i in range(V) if i not in stops]
+
+    def merged(logits):
+        return torch.cat([logits[:, others], logits[:, stops].logsumexp(-1, keepdim=True)], dim=1)
+
+    wanted = exact(name)(merged(plain(hidden, head)), merged(plain(teacher_hidden, teacher_head)), ids)
+    parameters = (hidden, weight, bias)
+    wanted_grads = torch.autograd.grad(wanted.sum(), parameters)
+    got = chunked(
+        exact(name), hidden, replace(head, stops=stops), ids,
+        teacher_hidden=teacher_hidden, teacher_head=replace(teacher_head, stops=stops),
+    )  # fmt: skip
+    assert_close(got, wanted)
+    for ours, theirs in zip(torch.autograd.grad(got.sum(), parameters), wanted_grads, strict=True):
+        assert_close(ours, theirs)
+
+
+def test_any_stop_id_that_was_sampled_has_the_ratio_of_the_whole_action():
+    stops = (3, 7)
+    hidden, weight, _, teacher_hidden, teacher_weight, _ = rows()
+    heads = [LMHead(weight=w, stops=stops) for w in (weight.detach(), teacher_weight)]
+    p, q = (plain(h, head).log_softmax(-1) for h, head in zip((hidden.detach(), teacher_hidden), heads, strict=True))
+    wanted = p[:, stops].logsumexp(-1) - q[:, stops].logsumexp(-1)
+    for stop in stops:
+        ids = torch.full((N,), stop)
+        ours = logprobs_of(hidden.detach(), heads[0], ids) - logprobs_of(teacher_hidden, heads[1], ids)
+        assert_close(ours, wanted)
 
 
 def test_without_gradient_the_values_are_the_same():

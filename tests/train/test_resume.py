@@ -239,3 +239,20 @@ def test_a_signal_asks_the_loop_to_stop_and_is_remembered(number):
         os.kill(os.getpid(), number)
         assert interrupt.asked
         assert interrupt.signal == number
+
+
+def test_a_resume_with_other_prompts_is_refused(tree, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(Path(tree["data"]["prompts"]).read_text())
+    recipe = tree | {
+        "output_dir": str(tmp_path / "run"),
+        "data": {"prompts": str(data)},
+        "max_steps": 1,
+        "evaluation": {},
+    }
+    recipe |= {"eval_steps": None}
+    run_recipe(parse_recipe(recipe))
+    (tmp_path / "run" / "result.json").unlink()
+    data.write_text(data.read_text().replace("+", "-", 1))
+    with pytest.raises(RunFolderError, match="began with other prompts"):
+        run_recipe(parse_recipe(recipe | {"resume_from_checkpoint": "latest"}))

@@ -64,7 +64,9 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> t
     Without a chat template (base models) the contents are joined by blank lines and tokenized as plain text.
     """
     if tokenizer.chat_template is None:
-        return encode(tokenizer, "\n\n".join(turn.content for turn in messages), special=True)
+        ids = encode(tokenizer, "\n\n".join(turn.content for turn in messages), special=True)
+        # some tokenizers end every text; the student's goes on
+        return ids[:-1] if ids[-1:] == (tokenizer.eos_token_id,) and len(ids) > 1 else ids
     # the template writes its own special tokens, so none are added a second time
     return encode(tokenizer, _apply_template(tokenizer, messages, add_generation_prompt=True))
 

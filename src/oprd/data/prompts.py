@@ -1,7 +1,8 @@
 """Datasets of prompts: read, checked row by row, rendered for the student; and the order in which they are used."""
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -68,6 +69,14 @@ def load_prompts(
             f"data.answer is {config.answer!r}, which no row of {config.prompts} has; correct the name, or drop it"
         )
     return tuple(prompts)
+
+
+def digest(prompts: Iterable[Prompt]) -> str:
+    """Hash of what student and teacher read and of the answers, to tell a dataset from another one."""
+    found = hashlib.sha256()
+    for p in prompts:
+        found.update(repr((p.token_ids, p.teacher_messages, p.answer, p.teacher, p.completion)).encode())
+    return found.hexdigest()
 
 
 class PromptSampler:

@@ -1,6 +1,7 @@
 # pyright: strict, reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false, reportUnknownLambdaType=false, reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 """Losses over the vocabulary without ever holding a [N, V] tensor: LM heads are applied chunk by chunk."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ def chunk_rows(vocabulary: int) -> int:
 def logits(hidden: Float[Tensor, "C D"], head: LMHead) -> Float[Tensor, "C V"]:
     """Logits in float32 (float64 for float64 input), whatever precision the model computes in: logits rounded to bfloat16
     change gradients by several per cent."""
-    return finish(raw_scores(hidden, head), head)
+    return one_stop(finish(raw_scores(hidden, head), head), head)
 
 
 def raw_scores(hidden: Float[Tensor, "C D"], head: LMHead) -> Float[Tensor, "C V"]:
@@ -42,6 +43,15 @@ def finish(scores: Float[Tensor, "C V"], head: LMHead) -> Float[Tensor, "C V"]:
     """Scale and softcap."""
     scores = scores * head.scale if head.scale != 1.0 else scores
     return scores if head.softcap is None else head.softcap * torch.tanh(scores / head.softcap)
+
+
+def one_stop(logits: Float[Tensor, "C V"], head: LMHead) -> Float[Tensor, "C V"]:
+    """Logits in which every one of the head's stop ids has the mean of their probabilities."""
+    if not head.stops:
+        return logits
+    stops = torch.tensor(head.stops, device=logits.device)
+    share = logits[:, stops].logsumexp(-1, keepdim=True) - math.log(len(head.stops))
+    return logits.index_copy(1, stops, share.expand(-1, len(head.stops)))
 
 
 def chunked(
@@ -127,11 +137,11 @@ class _Call:
         teacher_logits = None
         if self.teacher_hidden is not None and self.teacher_head is not None:
             teacher_logits = logits(self.teacher_hidden[rows].to(h.device), self.teacher_head)
-        student_logits = logits(h, self.head).detach()
+        student_logits = finish(raw_scores(h, self.head), self.head).detach()
         with torch.set_grad_enabled(with_grad):
             student_logits.requires_grad_(with_grad)
             arguments = [argument[rows] for argument in self.row_arguments]
-            return self.row_function(student_logits, teacher_logits, *arguments), student_logits
+            return self.row_function(one_stop(student_logits, self.head), teacher_logits, *arguments), student_logits
 
 
 class _Chunked(torch.autograd.Function):

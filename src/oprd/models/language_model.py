@@ -33,6 +33,8 @@ class LanguageModel:
     model: CausalLM
     tokenizer: PreTrainedTokenizerBase
     name: str
+    pair_stops: tuple[int, ...] = ()
+    """Ids that end a turn of this model or of its partner, where the two differ: they end it for both, as one action."""
 
     @property
     def core(self) -> PreTrainedModel:
@@ -64,7 +66,7 @@ class LanguageModel:
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Every token that ends the assistant's turn."""
-        return stop_ids(self.tokenizer, self.core.generation_config)
+        return self.pair_stops or stop_ids(self.tokenizer, self.core.generation_config)
 
     @cached_property
     def end_of_turn(self) -> int:
@@ -80,7 +82,9 @@ class LanguageModel:
                 "leave it out of LoRA's target_modules and modules_to_save, and out of quantization"
             )
         rule = logit_rule(self.core.config)
-        return LMHead(weight=module.weight, bias=module.bias, scale=rule.scale, softcap=rule.softcap)
+        return LMHead(
+            weight=module.weight, bias=module.bias, scale=rule.scale, softcap=rule.softcap, stops=self.pair_stops
+        )
 
     def tap(self, batch: Batch, taps: Taps) -> HiddenStates:
         """One forward pass that keeps the tapped hidden states, [N, D] each. Gradient flows where it is enabled.

@@ -4,7 +4,7 @@ import copy
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
@@ -172,6 +172,7 @@ def load_frozen(
     dtype: torch.dtype,
     quantization: Literal["8bit", "4bit"] | None = None,
     head: bool = True,
+    pair_stops: tuple[int, ...] = (),
 ) -> FrozenModel:
     """A model that is never trained, in its own dtype. `head`: whether its LM head will be used."""
     name = _name_of(model)
@@ -183,13 +184,14 @@ def load_frozen(
     else:
         loaded = model
     check_finite(loaded, name)
-    return FrozenModel(LanguageModel(model=loaded.eval().requires_grad_(False), tokenizer=tokenizer, name=name))
+    frozen = loaded.eval().requires_grad_(False)
+    return FrozenModel(LanguageModel(model=frozen, tokenizer=tokenizer, name=name, pair_stops=pair_stops))
 
 
 def frozen_copy(lm: LanguageModel, device: torch.device) -> FrozenModel:
     """The same weights, apart and frozen."""
     model = copy.deepcopy(lm.model).eval().requires_grad_(False).to(cast(Any, device))
-    return FrozenModel(LanguageModel(model=model, tokenizer=lm.tokenizer, name=f"{lm.name} before training"))
+    return FrozenModel(replace(lm, model=model, name=f"{lm.name} before training"))
 
 
 def check_finite(model: nn.Module, name: str) -> None:

@@ -102,6 +102,8 @@ class TeacherContext:
     cache: Path
     """SQLite file of the run for a server's responses."""
     prompts: tuple[Prompt, ...] = ()
+    pair_stops: tuple[int, ...] = ()
+    """Stop ids of the student and its local teachers, where they differ."""
     given: Mapping[str, Any] = field(default_factory=dict)
     """Objects handed over from Python in place of names: `model`, `tokenizer`."""
 

@@ -192,6 +192,7 @@ class LocalTeacherConfig(TeacherConfig):
         model = load_frozen(
             context.given.get("model", self.model), facts.model.tokenizer, device, dtype=getattr(torch, self.dtype),
             quantization=self.quantization, head=needs.taps.head or needs.text or needs.diagnostics,
+            pair_stops=() if aligned else context.pair_stops,
         )  # fmt: skip
         return LocalTeacher(
             model, context=facts.model.context, same_shape=Capability.SAME_SHAPE in facts.provides,

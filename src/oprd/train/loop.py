@@ -12,6 +12,7 @@ import torch
 from oprd.algorithm import Update, mean_update
 from oprd.clock import Clock, peak_memory_gib
 from oprd.data.batching import split_by_tokens
+from oprd.data.prompts import digest
 from oprd.errors import Interrupted, ServerError, TrainingStopped
 from oprd.evaluate.evaluate import Evaluation, Evaluator
 from oprd.files import append_jsonl, write_atomically
@@ -278,7 +279,7 @@ def _start(parts: Parts) -> Progress:
     """Create the folder, or go back to the checkpoint that the recipe asks for."""
     recipe, folder, ranks = parts.recipe, parts.folder, parts.ranks
     if ranks.is_main:
-        folder.create(recipe)
+        folder.create(recipe, {"stop_ids": parts.method.student.lm.stop_ids, "prompts": digest(parts.prompts)})
         summaries = {o.name: o.summary() for o in parts.method.student.objectives if o.summary()}
         if summaries:
             write_atomically(folder.path / "objectives.json", json.dumps(summaries))

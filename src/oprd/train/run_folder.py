@@ -15,7 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -72,13 +72,23 @@ class RunFolder:
             raise RunFolderError(f"{self.path} exists and is not a run folder; choose another output_dir")
         self._check_writable(needed_gib)
 
-    def create(self, recipe: Recipe) -> None:
-        """Write down what was asked and where it runs; keep the record of an earlier start."""
+    def check_prompts(self, digest: str) -> None:
+        """Raise RunFolderError if this run began with other prompts."""
+        record = self.path / "run.json"
+        begun = json.loads(record.read_text(encoding="utf-8")).get("prompts") if record.is_file() else None
+        if begun not in {None, digest}:
+            raise RunFolderError(
+                f"{self.path} began with other prompts: the dataset or the chat template has changed since. Bring them back, "
+                "or choose another output_dir"
+            )
+
+    def create(self, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+        """Write down what was asked, where it runs and some `facts`; keep the record of an earlier start."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.hold()
         if not (self.path / "recipe.yaml").exists():
             write_atomically(self.path / "recipe.yaml", recipe_to_yaml(recipe))
-            write_atomically(self.path / "run.json", json.dumps(describe_machine(), indent=2))
+            write_atomically(self.path / "run.json", json.dumps({**describe_machine(), **facts}, indent=2))
 
     def cut_after(self, step: int) -> None:
         """Forget the lines of steps after `step`: a resumed run writes them again. A torn last line goes as well."""

@@ -1,10 +1,12 @@
 """The trained student as a folder that `AutoModelForCausalLM.from_pretrained` loads, with a card that says how it was made."""
 
+import copy
 from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import GenerationConfig
 
 from oprd.evaluate.evaluate import Evaluation
 from oprd.files import write_atomically
@@ -30,8 +32,10 @@ def save_student(parts: Parts) -> None:
     }
     student.lm.model.save_pretrained(str(folder), state_dict=weights)
     student.lm.tokenizer.save_pretrained(folder)
-    if student.lm.core.generation_config is not None:
-        student.lm.core.generation_config.save_pretrained(folder)
+    # what ended the completions it learned on ends those it writes from here on
+    generation = copy.deepcopy(student.lm.core.generation_config) or GenerationConfig()
+    generation.eos_token_id = list(student.lm.stop_ids)
+    generation.save_pretrained(folder)
     write_card(parts, ())
 
 

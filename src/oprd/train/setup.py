@@ -14,7 +14,8 @@ from accelerate.utils import GradientAccumulationPlugin
 from transformers import PreTrainedTokenizerBase
 
 from oprd.algorithm import Distillation
-from oprd.data.prompts import PromptSampler, load_prompts
+from oprd.data.chat import decode
+from oprd.data.prompts import PromptSampler, digest, load_prompts
 from oprd.distributed import Ranks
 from oprd.effopd import Extrapolation, validation_prompts
 from oprd.errors import ConfigError, DataError
@@ -22,6 +23,7 @@ from oprd.evaluate.benchmarks import Benchmark, load_benchmarks
 from oprd.models.language_model import CausalLM, LanguageModel, Model, is_peft
 from oprd.models.loading import ModelFacts, frozen_copy, load_frozen, load_student
 from oprd.objectives.base import Objective, check_pair
+from oprd.progress import console
 from oprd.recipe import Recipe
 from oprd.rollout.base import RolloutEngine
 from oprd.rollout.sources import SourceContext
@@ -82,6 +84,8 @@ def setup(recipe: Recipe, given: Given | None = None) -> Parts:
     ranks, initial = Ranks(accelerator), InitialStudent()
     checked = check(recipe, given, ranks, initial)
     ranks.wait()
+    if ranks.is_main:
+        _tell_of_stops(checked)
     teacher = recipe.teacher.build(checked.teacher, checked.context)
     student = _load_student(recipe, given, checked, accelerator, initial)
     for objective in checked.objectives:
@@ -173,6 +177,7 @@ def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -
     )  # fmt: skip
     prompts = tuple(recipe.teacher.render(prompt, teacher, recipe.rollout.max_completion_length) for prompt in prompts)
     recipe.rollout.source.check_prompts(prompts)
+    folder.check_prompts(digest(prompts))
     _check_validation(recipe, objectives, teacher, prompts)
     return Checked(
         student=student,
@@ -180,8 +185,29 @@ def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -
         objectives=objectives,
         prompts=prompts,
         benchmarks=load_benchmarks(recipe.evaluation, student.tokenizer, context=student.context),
-        context=replace(context, prompts=prompts),
+        context=replace(context, prompts=prompts, pair_stops=_pair_stops(student, teacher)),
     )
+
+
+def _pair_stops(student: ModelFacts, teacher: TeacherFacts) -> tuple[int, ...]:
+    """All stop ids of the student and of the local teachers with its tokenizer; none where all stop by the same."""
+    shared = {Capability.HIDDEN, Capability.SAME_TOKENIZER}
+    teachers = [
+        one.model for one in (teacher.members or {"": teacher}).values() if shared <= one.provides and one.model
+    ]
+    stops = {frozenset(model.stop_ids) for model in (student, *teachers)}
+    return tuple(sorted(frozenset[int]().union(*stops))) if len(stops) > 1 else ()
+
+
+def _tell_of_stops(checked: Checked) -> None:
+    if stops := checked.context.pair_stops:
+        ends = decode(checked.student.tokenizer, stops, special=True)
+        console.print(
+            f"Student and teacher end their texts with different tokens ({ends}): each of them ends a completion, and "
+            "objectives on next tokens count them as one.",
+            markup=False,
+            highlight=False,
+        )
 
 
 def check_pairs(recipe: Recipe, objectives: tuple[Objective, ...], teacher: TeacherFacts) -> None:
@@ -247,7 +273,12 @@ def _load_student(
 ) -> Student:
     """The student in its wrapper; `initial` is attached where anything is tapped off it or written by it."""
     model = load_student(recipe.student, given.student, seed=recipe.seed)
-    lm = LanguageModel(model=model, tokenizer=checked.student.tokenizer, name=recipe.student.model)
+    lm = LanguageModel(
+        model=model,
+        tokenizer=checked.student.tokenizer,
+        name=recipe.student.model,
+        pair_stops=checked.context.pair_stops,
+    )
     tapped = any(o.reference_taps.hidden and o.reference is None for o in checked.objectives)
     needed = tapped or any(config.uses_initial_student for config in recipe.teacher.members.values())
     if tapped and checked.context.sharded and is_peft(model):
