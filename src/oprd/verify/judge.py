@@ -1,19 +1,31 @@
-"""Whether a completion's answer is right, without a time limit. `python -m oprd.verify.judge` is the worker process that
-`VerifierPool` starts, limits and replaces; it reads and writes JSON lines."""
+"""Whether a completion's answer is right, without a time limit. `main` is the worker process that `VerifierPool` starts,
+limits and replaces; it reads and writes JSON lines."""
 
+import contextlib
 import json
 import logging
 import os
 import re
+import resource
 import sys
+from dataclasses import replace
+from itertools import product
 from typing import Any, cast
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from sympy import Eq, Expr, I, Symbol
 
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+from oprd.verify.spelling import is_literal, is_word, measured, plain, readings, split
+
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(-?\d(?:[\d.,/]*\d)?|[A-Z]\b))")
 _BETWEEN_BOXES = re.compile(r"[\s,;$.&]*(?:\\?text\{)?\s*(?:and|or)?\s*\}?[\s,;$.&]*")
-_OR = re.compile(r"\bor\b|\\lor\b|\\vee\b")
-_INTEGER = re.compile(r"[-+]?\d+")
+_EQUALS = re.compile(r"(?<![<>!\\])=")
+_NAME = re.compile(r"\s*[A-Za-z]\w*\s*(?:\(.*\))?\s*")
+_INTEGER = re.compile(r"[-+]?\d{1,4000}")  # int() takes no more
+_PERCENT = re.compile(r"\\?%")
+_COMMANDS = re.compile(r"\\[a-z]+")
+_READ = replace(LatexExtractionConfig().normalization_config, units=False)  # it takes the t of 2t for tons
+_MEMORY = 2 << 30  # bytes a worker may take
 _TAIL = 2000  # characters searched for an answer where there is no box
 
 
@@ -23,36 +35,64 @@ def judge(completion: str, answer: str) -> dict[str, object]:
     The last box counts; adjacent boxes are one answer. A box inside a reasoning block (<think>) does not count.
     """
     text = final_part(completion)
-    boxed = last_boxed(text)
-    if boxed is not None:
-        return {"outcome": "correct" if _same(boxed.strip(), answer) else "wrong", "extracted": boxed.strip()}
-    found = _parse(text[-_TAIL:])
-    if not found:
-        return {"outcome": "no_answer", "extracted": None}
-    return {"outcome": "correct" if _agree(found, answer) else "wrong", "extracted": str(found[-1])}
+    found = last_boxed(text)
+    if found is None:
+        parsed = [] if _BOXED.search(text) else _parse(text[-_TAIL:])  # a box that was cut is no answer
+        if not parsed:
+            return {"outcome": "no_answer", "extracted": None}
+        found = str(parsed[-1])
+    gold = last_boxed(answer)
+    right = any(_same(x, y) for x, y in product(readings(found), readings(answer if gold is None else gold)))
+    return {"outcome": "correct" if right else "wrong", "extracted": found.strip()}
 
 
-def _same(boxed: str, answer: str) -> bool:
-    """Whether a box holds the answer: as text, as an integer, or by math-verify."""
-    ours, theirs = _plain(boxed), _plain(answer)
-    if ours == theirs:
-        return True
-    if _INTEGER.fullmatch(ours) and _INTEGER.fullmatch(theirs):
-        return int(ours) == int(theirs)
-    if _OR.search(boxed) and not _OR.search(answer):
-        return False  # math-verify would take one of the alternatives; a completion that names two has not answered
-    return _agree(_parse(f"\\boxed{{{boxed}}}"), answer)
+def _same(ours: str, theirs: str) -> bool:
+    """Whether two answers are the same: as text, or part by part, or by math-verify."""
+    a, b = plain(ours), plain(theirs)
+    if not a or not b or a == b:
+        return a == b != ""
+    (brackets, our_parts), (their_brackets, their_parts) = split(ours), split(theirs)
+    if len(our_parts) == len(their_parts) == 1:
+        inside = our_parts[0], their_parts[0]
+        return _same_part(*inside) if inside == (ours.strip(), theirs.strip()) else _same(*inside)
+    if brackets and their_brackets:
+        pairs = zip(our_parts, their_parts, strict=False)
+        return brackets == their_brackets and len(our_parts) == len(their_parts) and all(_same(*x) for x in pairs)
+    if brackets or their_brackets:  # an interval may be a set with a name
+        return len(our_parts) != len(their_parts) and 1 in (len(our_parts), len(their_parts)) and _agree(ours, theirs)
+    return all(any(_same(x, y) for y in their_parts) for x in our_parts) and all(
+        any(_same(x, y) for x in our_parts) for y in their_parts
+    )
 
 
-def _agree(found: list[Any], answer: str) -> bool:
-    """Whether math-verify finds the parsed expressions equal to the answer."""
-    return bool(found) and verify(_parse(f"\\boxed{{{answer}}}"), found, timeout_seconds=None)
+def _same_part(ours: str, theirs: str) -> bool:
+    """Whether two answers of one part are the same though not as text."""
+    (ours, unit), (theirs, their_unit) = measured(ours), measured(theirs)
+    if None not in (unit, their_unit) and unit != their_unit:
+        return False
+    a, b = plain(ours), plain(theirs)
+    if is_literal(ours) or is_literal(theirs) or (is_word(ours) and is_word(theirs)) or a.lower() == b.lower():
+        return a == b  # math-verify takes X for x
+    if _INTEGER.fullmatch(a) and _INTEGER.fullmatch(b):
+        return int(a) == int(b)
+    for one, other in ((ours, theirs), (theirs, ours)):
+        name, *sides = _EQUALS.split(one)
+        if sides and not _EQUALS.search(other) and (one is ours or _NAME.fullmatch(name)):
+            values = [x for x in (name, *sides) if not re.search("[A-Za-z]", _COMMANDS.sub("", x)) and x.strip()]
+            return all(_same(x, other) for x in values or sides[-1:])  # math-verify believes 13 = 12
+    return _agree(ours, theirs) or ("%" in ours + theirs and _agree(*(_PERCENT.sub("", x) for x in (ours, theirs))))
+
+
+def _agree(ours: str, theirs: str) -> bool:
+    """Whether math-verify finds two answers equal."""
+    gold, found = _parse(f"\\boxed{{{theirs}}}"), _parse(f"\\boxed{{{ours}}}")
+    return verify(gold, found, allow_set_relation_comp=True, timeout_seconds=None)
 
 
 def final_part(completion: str) -> str:
     """The text after the reasoning block; empty if the block was never closed."""
-    _, closed, rest = completion.rpartition("</think>")
-    return rest if closed or "<think>" not in rest else ""
+    rest = re.split(r"</think(?:ing)?>|\[/THINK\]", completion)[-1]
+    return "" if re.search(r"<think(?:ing)?>|\[THINK\]", rest) else rest
 
 
 def last_boxed(text: str) -> str | None:
@@ -60,13 +100,13 @@ def last_boxed(text: str) -> str | None:
     contents: list[str] = []
     end = 0
     for match in _BOXED.finditer(text):
-        closing = _closing(text, match.end())
+        closing = match.end() if match[1] else _closing(text, match.end())
         if match.start() < end or closing is None:  # a box inside a box, or one that was cut
             continue
         between = text[end : match.start()]
         adjacent = "\n" not in between and _BETWEEN_BOXES.fullmatch(between)
-        contents = [*(contents if adjacent else ()), text[match.end() : closing]]
-        end = closing + 1
+        contents = [*(contents if adjacent else ()), match[1] or text[match.end() : closing]]
+        end = closing if match[1] else closing + 1
     return ",".join(contents) if contents else None
 
 
@@ -80,14 +120,16 @@ def _closing(text: str, start: int) -> int | None:
     return None
 
 
-def _plain(answer: str) -> str:
-    """The answer without spaces, dollar signs and a final full stop, its unicode minus made plain."""
-    return re.sub(r"\s|\$|\\[,;!]", "", answer).replace("\u2212", "-").removesuffix(".")
-
-
 def _parse(text: str) -> list[Any]:
-    config = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-    return parse(text, extraction_config=config, parsing_timeout=cast(int, None))  # None: without alarms
+    config = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=_READ), ExprExtractionConfig()]
+    found = parse(text, extraction_config=config, parsing_timeout=cast(int, None))  # None: without alarms
+    return [_complex(x) if isinstance(x, Expr | Eq) else x for x in found]
+
+
+def _complex(found: Any) -> Any:
+    """With i as the imaginary unit, and an equation's letters not taken for real: without roots all would be equal."""
+    letters = {x: I if x.name == "i" else Symbol(x.name) for x in found.free_symbols}
+    return found.xreplace({x: y for x, y in letters.items() if y is I or isinstance(found, Eq)})
 
 
 def main() -> None:
@@ -96,10 +138,8 @@ def main() -> None:
     os.dup2(2, 1)  # what the libraries print must not end up between our lines
     logging.disable(logging.CRITICAL)
     sys.setrecursionlimit(3000)
+    with contextlib.suppress(ValueError):  # there is a lower limit already
+        resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     for line in sys.stdin:
         item = json.loads(line)
         print(json.dumps(judge(item["completion"], item["answer"])), file=out, flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,6 +6,7 @@ Workers are plain commands, not multiprocessing's: scripts need no `__main__` gu
 
 import contextlib
 import json
+import shlex
 import subprocess
 import sys
 import threading
@@ -13,12 +14,18 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Literal
 
 from oprd.errors import OprdError
 
 START_TIMEOUT_S = 120.0
+# a sympy.py in the working folder must not be run; that folder may be on PYTHONPATH as an empty entry
+_START = (
+    "import os, sys; sys.path = [p for p in sys.path if p and os.path.realpath(p) != os.getcwd()] + sys.argv[1:]; "
+    "from oprd.verify.judge import main; main()"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +98,7 @@ class _Worker:
             self._process = None
 
     def _start(self) -> "subprocess.Popen[str]":
-        pipe, command = subprocess.PIPE, [sys.executable, "-m", "oprd.verify.judge"]
+        pipe, command = subprocess.PIPE, [sys.executable, "-P", "-c", _START, str(Path(__file__).parents[2])]
         # a session of its own: Ctrl-C in the terminal is for the training loop, not for the worker
         self._process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8", start_new_session=True
@@ -101,7 +108,7 @@ class _Worker:
             self.stop()
             raise OprdError(
                 f"the answer-checking process did not start within {START_TIMEOUT_S:.0f} s; "
-                f"run `{' '.join(command)}` to see why"
+                f"run `{shlex.join(command)}` to see why"
             )
         return self._process
 
