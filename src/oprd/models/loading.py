@@ -59,8 +59,8 @@ class StudentConfig(Section):
     """None: train all weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention kernel, as transformers names it."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention kernel, as transformers names it; auto: sdpa where the family has it, else eager."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,9 +144,8 @@ def load_student(config: StudentConfig, given: CausalLM | None = None, *, seed: 
     """The student in float32, with its adapter if the recipe has one. `given` replaces loading by name, `seed` draws a new
     adapter's weights."""
     if given is None:
-        model = _load(
-            config.model, dtype=torch.float32, attn_implementation=config.attn_implementation, is_trainable=True
-        )
+        attention = None if config.attn_implementation == "auto" else config.attn_implementation
+        model = _load(config.model, dtype=torch.float32, attn_implementation=attention, is_trainable=True)
     else:
         model = given.float()
     check_finite(model, config.model)
@@ -177,7 +176,7 @@ def load_frozen(
     """A model that is never trained, in its own dtype. `head`: whether its LM head will be used."""
     name = _name_of(model)
     if isinstance(model, str):
-        loaded = _load(model, dtype=dtype, attn_implementation="sdpa", quantization_config=_quantized(quantization))
+        loaded = _load(model, dtype=dtype, quantization_config=_quantized(quantization))
         if not head:
             _drop_head(loaded)
         loaded = loaded if quantization is not None else loaded.to(device)
