@@ -135,7 +135,7 @@ def tokenizer_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or Hub name. Raises ModelError saying what was tried."""
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load a tokenizer from {model!r}: {_first_line(error)}") from error
 
@@ -209,7 +209,8 @@ def _load(model: str, **kwargs: Any) -> Any:
         base = _base_of(model)
         if base != model:  # an adapter on its base; trainable, it continues as an adapter
             return PeftModel.from_pretrained(_load(base, **kwargs), model, is_trainable=trainable)
-        return AutoModelForCausalLM.from_pretrained(model, **{k: v for k, v in kwargs.items() if v is not None})
+        given = {key: value for key, value in kwargs.items() if value is not None}
+        return AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False, **given)
     except ImportError as error:
         raise ModelError(f"loading {model!r} needs a package that is not installed: {_first_line(error)}") from error
     except (OSError, ValueError, KeyError) as error:
@@ -254,7 +255,7 @@ def _refuse_prompt_learning(model: Any) -> None:
 
 
 def _config(model: str) -> Any:
-    return AutoConfig.from_pretrained(_base_of(model))
+    return AutoConfig.from_pretrained(_base_of(model), trust_remote_code=False)
 
 
 def _generation_config(model: str | CausalLM) -> GenerationConfig | None:
@@ -279,8 +280,11 @@ def _base_of(model: str) -> str:
 
 def _without_weights(config: Any) -> nn.Module:
     with torch.device("meta"):
-        return cast(nn.Module, AutoModelForCausalLM.from_config(config))
+        return cast(nn.Module, AutoModelForCausalLM.from_config(config, trust_remote_code=False))
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+    text = str(error).strip()
+    if "trust_remote_code" in text:
+        return "it needs code from its own folder, and oprd runs none (trust_remote_code is always False)"
+    return text.split("\n")[0]
