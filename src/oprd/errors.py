@@ -36,6 +36,6 @@ class TrainingStopped(OprdError):
 class Interrupted(Exception):
     """The user asked to stop, by a signal; a checkpoint of the last whole step is on disk."""
 
-    def __init__(self, message: str, signal: int) -> None:
+    def __init__(self, message: str = "stopped", signal: int = 2) -> None:
         super().__init__(message)
         self.signal = signal

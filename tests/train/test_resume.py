@@ -169,6 +169,7 @@ def test_a_checkpoint_of_another_run_is_refused(tree, tmp_path):
         run_recipe(parse_recipe(tree | {"resume_from_checkpoint": str(tmp_path)}))
 
 
+@pytest.mark.slow
 def test_a_run_whose_last_evaluation_fails_has_its_student_and_goes_on_with_other_settings(tree, tmp_path, monkeypatch):
     recipe = tree | {"output_dir": str(tmp_path / "run"), "eval_steps": None}
 
@@ -189,6 +190,7 @@ def test_a_run_whose_last_evaluation_fails_has_its_student_and_goes_on_with_othe
     assert "12" in (tmp_path / "run" / "student" / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["targets", "step_metrics"])
 def test_an_error_in_a_step_loses_no_whole_step(place, tree, tmp_path, monkeypatch):
     """Before the weights change the step before is saved; once they have changed, and the step is counted, the step itself."""

@@ -41,6 +41,7 @@ def test_models_that_stop_by_the_same_ids_are_left_as_they_are(tmp_path, train_f
     assert parts.method.student.lm.head().stops == ()
 
 
+@pytest.mark.slow
 def test_a_trained_student_stops_by_the_ids_it_learned_to_write(student, tmp_path, train_file):
     """`<|end|>` is what the teacher writes; in 30 steps the student learns to."""
     options = {
