@@ -37,16 +37,19 @@ _REPEATING = re.compile(r"(?<!\d)(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
 _DECIMAL = re.compile(r"(?<![\d.])(\d*)\.(\d+)(?![\d.])")
 _THOUSANDS = re.compile(r"(?<![\w.,^])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 _TOKEN = re.compile(r"\\?[{}]|[()\[\],;]|(?<![A-Za-z\\])(?:or|and)(?![A-Za-z])|\\(?:lor|vee)(?![a-z])")
+_OR = re.compile(r"(?<![A-Za-z])or(?![A-Za-z])|\\(?:lor|vee)(?![a-z])")
 _WORDS = re.compile(r"[A-Za-z](?:[A-Za-z .'-]*[A-Za-z])?")
 # math-verify drops the base of a number, dots and the space between numbers, and calculates clocks and dates
 _LITERAL = re.compile(r"\d\)?_\d|\d:\d|\d/\d+/\d|\d{4}-\d\d-\d|\\[lc]?dots|^-?\d+\s+\d")
 _UNITS = re.compile(
-    r"(?<=[\w})])\s*(?:\^\s*\{?\s*\\circ\s*\}?|(?:km|cm|mm|kg|ft|mph|th|st|nd|rd)(?![A-Za-z])|"
+    r"(?:(?<=[\d})])|(?<=\d[A-Za-z])|(?<=\\pi))\s*"
+    r"(?:\^\s*\{?\s*\\circ\s*\}?|(?:km|cm|mm|kg|ft|mph|th|st|nd|rd)(?![A-Za-z])|"
     r"(?<=\s)(?:[A-Za-z]{3,}|in|sq|cu|lb|hr|oz|yd|mi|ml|am|pm|[msghL])(?![A-Za-z]))(?:[A-Za-z\s./-]|\^\s*\{?-?\d\}?)*$"
 )
 _KNOWN_UNITS = re.compile(
-    r"(?:\b|(?=\\))(?:(mm\b|millim)|(cm\b|centim)|(km\b|kilom)|(m\b|met)|(ft|feet|foot)|(in\b|inch)|(mi\b|mile)|(yd|yard)|(g\b|gram)|"
-    r"(kg|kilog)|(lb|pound)|(s\b|sec)|(min)|(h\b|hr|hour)|(day)|(week)|(month)|(year)|(cent)|(dollar)|(degree|\\circ)|(am\b)|(pm\b))"
+    r"(?:\b|(?=\\))(?:(mm\b|millim)|(cm\b|centim)|(km\b|kilom)|(m\b|met)|(ft|feet|foot)|(in\b|inch)|(mi\b|mile)|(yd|yard)|"
+    r"(g\b|gram)|(kg|kilog)|(lb|pound)|(s\b|sec)|(min)|(h\b|hr|hour)|(day)|(week)|(month)|"
+    r"(year)|(cent)|(dollar)|(degree|\\circ)|(am\b)|(pm\b))"
 )
 _RELATION = r"([<>]|\\[lg]eq?(?![a-z])|\\[lg]eqslant|\\[lg]t(?![a-z]))"
 _BOUND = r"((?:[^<>=A-Za-z\\]|\\(?![lg][et])[a-z]+)+)"
@@ -74,9 +77,10 @@ def _repeating(number: re.Match[str]) -> str:
 
 
 def _union(text: str) -> str:
-    """Inequalities of one letter as intervals, alternatives among them as a union; other text as it is."""
+    """Inequalities of one letter as intervals, those joined by "or" as a union; other text as it is."""
     intervals = [_interval(x) for x in split(text)[1]]
-    return r"\cup ".join(x for x in intervals if x) if intervals and all(intervals) else text
+    between = r"\cup " if _OR.search(text) else ","
+    return between.join(x for x in intervals if x) if intervals and all(intervals) else text
 
 
 def _interval(inequality: str) -> str | None:
