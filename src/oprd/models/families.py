@@ -4,13 +4,28 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
+from transformers import PreTrainedModel
 
 LOGIT_RULES: tuple[tuple[str, Literal["multiply", "divide", "cap"]], ...] = (
     ("logits_scaling", "divide"),  # Granite
     ("logit_scale", "multiply"),  # Cohere
+    ("lm_head_multiplier", "multiply"),  # Falcon-H1
+    ("output_multiplier", "multiply"),  # Muse
+    ("logits_mup_width_multiplier", "divide"),  # Inkling, before the head
     ("final_logit_softcapping", "cap"),  # Gemma 2
+    ("logits_soft_cap", "cap"),  # RecurrentGemma
+    ("output_logit_soft_cap", "cap"),  # xLSTM
 )
-"""Config field of the text model -> what the family's forward does with it after the LM head."""
+"""Config field of the text model -> what the family's forward does with it around the LM head."""
+
+OWN_LOGIT_RULES: dict[str, tuple[tuple[str, Literal["multiply", "divide", "cap"]], ...]] = {
+    "mpt": (),  # has a logit_scale that its forward never reads
+    "hyperclovax": (("logits_scaling", "multiply"),),
+}
+"""Model types that mean something else by these fields."""
+
+BODIES = {"llama4_text": "model"}
+"""Model types whose `base_model` is the whole causal LM: where everything before the LM head stands."""
 
 NORM_MARK = "Norm"
 """Part of every normalisation layer's class name: RMSNorm, LayerNorm1P, RMSNormGated."""
@@ -26,10 +41,10 @@ class LogitRule:
 
 def logit_rule(config: Any) -> LogitRule:
     """What this model does to the output of its LM head."""
-    values = config.get_text_config().to_dict()
+    text = config.get_text_config()
     scale, softcap = 1.0, None
-    for name, kind in LOGIT_RULES:
-        value = values.get(name)
+    for name, kind in OWN_LOGIT_RULES.get(text.model_type, LOGIT_RULES):
+        value = getattr(text, name, None)  # MiniCPM3's is a property, which to_dict leaves out
         if value is None:
             continue
         if kind == "cap":
@@ -37,6 +52,19 @@ def logit_rule(config: Any) -> LogitRule:
         else:
             scale = scale * value if kind == "multiply" else scale / value
     return LogitRule(scale=scale, softcap=softcap)
+
+
+def find_body(model: PreTrainedModel) -> nn.Module:
+    """Everything before the LM head; of a multimodal model also the vision tower."""
+    body = BODIES.get(model.config.model_type)
+    return model.base_model if body is None else model.get_submodule(body)
+
+
+def find_decoder(model: PreTrainedModel) -> nn.Module:
+    """The part of the body that reads text: of a multimodal model its language model, else all or nearly all of it."""
+    decoder, body = model.get_decoder(), find_body(model)
+    # some call a linear map of their LM head `decoder`
+    return decoder if isinstance(decoder, PreTrainedModel) and decoder is not model else body
 
 
 def find_blocks(backbone: nn.Module) -> tuple[str, nn.ModuleList] | None:

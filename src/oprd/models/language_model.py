@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.data.chat import end_of_turn, stop_ids
 from oprd.errors import ModelError
-from oprd.models.families import find_blocks, logit_rule
+from oprd.models.families import find_blocks, find_body, find_decoder, logit_rule
 from oprd.types import Batch, HiddenSpec, HiddenStates, LMHead, Taps
 
 CausalLM = PreTrainedModel | PeftModel
@@ -44,7 +44,12 @@ class LanguageModel:
     @property
     def backbone(self) -> nn.Module:
         """Everything before the LM head."""
-        return self.core.base_model
+        return find_body(self.core)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The part of the backbone that holds the blocks: of a multimodal model its language model."""
+        return find_decoder(self.core)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -117,12 +122,15 @@ class LanguageModel:
 
     def freeze_unreached(self, taps: Taps) -> None:
         """Take gradient from what the taps cannot reach, which DDP would silently leave unsynchronised: blocks above
-        the deepest, the final norm if it is not read, an untied LM head that takes no part."""
+        the deepest, the final norm if it is not read, an untied LM head that takes no part, a vision tower."""
+        reads_text = {id(p) for p in self.decoder.parameters()}
+        for parameter in (p for p in self.backbone.parameters() if id(p) not in reads_text):
+            parameter.requires_grad_(False)
         deepest = max(map(self.block_of, taps.hidden))
         unreached: list[nn.Module] = list(self.blocks[deepest:])
         if deepest < self.num_blocks:
             parent_name, _, own_name = self._located[0].rpartition(".")
-            children = list(self.backbone.get_submodule(parent_name).named_children())
+            children = list(self.decoder.get_submodule(parent_name).named_children())
             at = [name for name, _ in children].index(own_name)
             unreached += [module for _, module in children[at + 1 :]]
         head = self.core.get_output_embeddings()
@@ -134,9 +142,15 @@ class LanguageModel:
 
     @property
     def _located(self) -> tuple[str, nn.ModuleList]:
-        found = find_blocks(self.backbone)
+        found = find_blocks(self.decoder)
         if found is None:
-            raise ModelError(f"{self.name}: no list of transformer blocks found in {type(self.backbone).__name__}")
+            raise ModelError(f"{self.name}: no list of transformer blocks found in {type(self.decoder).__name__}")
+        expected = self.core.config.get_text_config().num_hidden_layers
+        if len(found[1]) != expected:
+            raise ModelError(
+                f"{self.name} ({self.core.config.model_type}): {len(found[1])} blocks found at {found[0]!r}, its config "
+                f"says {expected}; this family is not supported"
+            )
         return found
 
     @contextlib.contextmanager
@@ -147,7 +161,7 @@ class LanguageModel:
             yield
             return
         parent_name, _, own_name = path.rpartition(".")
-        parent = self.backbone.get_submodule(parent_name)
+        parent = self.decoder.get_submodule(parent_name)
         setattr(parent, own_name, blocks[:deepest])
         try:
             yield
