@@ -27,6 +27,12 @@ OWN_LOGIT_RULES: dict[str, tuple[tuple[str, Literal["multiply", "divide", "cap"]
 BODIES = {"llama4_text": "model"}
 """Model types whose `base_model` is the whole causal LM: where everything before the LM head stands."""
 
+STATES_FROM_BLOCK_1 = {"mamba", "mamba2", "falcon_mamba", "rwkv"}
+"""Model types whose `hidden_states` start with block 1, not with the embedding."""
+
+SEVERAL_STREAMS = {"gemma3n_text", "gemma3n"}
+"""Model types whose blocks hand on several residual streams at once: no one hidden state to tap."""
+
 NORM_MARK = "Norm"
 """Part of every normalisation layer's class name: RMSNorm, LayerNorm1P, RMSNormGated."""
 
@@ -71,6 +77,11 @@ def find_blocks(backbone: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """Path and list of the transformer blocks: the first non-empty ModuleList, whatever the family calls it."""
     found = ((path, m) for path, m in backbone.named_modules() if isinstance(m, nn.ModuleList) and len(m))
     return next(found, None)
+
+
+def starts_with_block_1(config: Any) -> bool:
+    """Whether the model's own `hidden_states` leave the embedding out and start with block 1."""
+    return config.get_text_config().model_type in STATES_FROM_BLOCK_1
 
 
 def is_norm(module: nn.Module) -> bool:

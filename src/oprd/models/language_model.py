@@ -105,7 +105,7 @@ class LanguageModel:
             hidden.update({spec: batch.gather(states, spec) for spec in by_block[block]})
 
         def hook(block: int) -> Any:
-            return lambda module, args, out: keep(block, out[0] if isinstance(out, tuple) else out)
+            return lambda module, args, out: keep(block, out[0] if isinstance(out, tuple | list) else out)
 
         with contextlib.ExitStack() as stack:
             for block in by_block:

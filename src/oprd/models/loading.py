@@ -24,6 +24,7 @@ from transformers import (
 from oprd.data.chat import stop_ids
 from oprd.errors import ConfigError, ModelError
 from oprd.models.language_model import CausalLM, FrozenModel, LanguageModel, is_peft
+from oprd.models.probe import check_family
 from oprd.section import Field, Listed, PositiveInt, Section
 from oprd.seeds import derive_seed
 from oprd.types import Capability
@@ -184,7 +185,9 @@ def load_frozen(
         loaded = model
     check_finite(loaded, name)
     frozen = loaded.eval().requires_grad_(False)
-    return FrozenModel(LanguageModel(model=frozen, tokenizer=tokenizer, name=name, pair_stops=pair_stops))
+    lm = LanguageModel(model=frozen, tokenizer=tokenizer, name=name, pair_stops=pair_stops)
+    check_family(lm)
+    return FrozenModel(lm)
 
 
 def frozen_copy(lm: LanguageModel, device: torch.device) -> FrozenModel:

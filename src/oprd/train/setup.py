@@ -22,6 +22,7 @@ from oprd.errors import ConfigError, DataError
 from oprd.evaluate.benchmarks import Benchmark, load_benchmarks
 from oprd.models.language_model import CausalLM, LanguageModel, Model, is_peft
 from oprd.models.loading import ModelFacts, frozen_copy, load_frozen, load_student
+from oprd.models.probe import check_family
 from oprd.objectives.base import Objective, check_pair
 from oprd.progress import console
 from oprd.recipe import Recipe
@@ -279,6 +280,7 @@ def _load_student(
         name=recipe.student.model,
         pair_stops=checked.context.pair_stops,
     )
+    check_family(lm)
     tapped = any(o.reference_taps.hidden and o.reference is None for o in checked.objectives)
     needed = tapped or any(config.uses_initial_student for config in recipe.teacher.members.values())
     if tapped and checked.context.sharded and is_peft(model):
