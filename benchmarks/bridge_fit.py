@@ -27,8 +27,8 @@ from oprd.demo.task import sums, write_jsonl
 from oprd.objectives.oprd_bridge import OPRDBridge
 from oprd.recipe import parse_recipe
 from oprd.train.fit_bridge import prepare_fit
+from oprd.train.pair import Given
 from oprd.train.run_folder import describe_machine
-from oprd.train.setup import Given
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "runs" / "bridge_fit"

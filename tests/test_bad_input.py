@@ -17,7 +17,8 @@ from oprd.errors import ConfigError, DataError, ModelError, OprdError, RunFolder
 from oprd.models import loading
 from oprd.recipe import parse_recipe
 from oprd.student import InitialStudent
-from oprd.train.setup import Given, check, open_accelerator, setup
+from oprd.train.pair import Given
+from oprd.train.setup import check, open_accelerator, setup
 
 
 @pytest.fixture(autouse=True)

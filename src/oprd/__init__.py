@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from oprd.rollout.sources import DatasetSource, RewriteSource, StudentSource, TeacherSource
     from oprd.section import Ramp, WeightSchedule
     from oprd.teacher import LocalTeacherConfig, SelfTeacherConfig, ServerTeacherConfig, SeveralTeachersConfig
+    from oprd.train.pair import Given
     from oprd.train.run import distill
-    from oprd.train.setup import Given
 
 _WHERE = {
     "oprd.data.prompts": ("DataConfig",),
@@ -31,7 +31,7 @@ _WHERE = {
     "oprd.section": ("Ramp", "WeightSchedule"),
     "oprd.teacher": ("LocalTeacherConfig", "SelfTeacherConfig", "ServerTeacherConfig", "SeveralTeachersConfig"),
     "oprd.train.run": ("distill",),
-    "oprd.train.setup": ("Given",),
+    "oprd.train.pair": ("Given",),
 }  # fmt: skip
 __all__ = [name for names in _WHERE.values() for name in names]  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -26,8 +26,9 @@ from oprd.objectives.oprd_bridge import REACH, SURE, edit
 from oprd.objectives.oprd_bridge_published import OPRDBridgePublished
 from oprd.recipe import parse_recipe
 from oprd.train.fit_bridge import fit_bridge, prepare_fit
+from oprd.train.pair import Given
 from oprd.train.run import run_recipe
-from oprd.train.setup import Given, setup
+from oprd.train.setup import setup
 from oprd.types import HiddenSpec, HiddenStates, Message, Prompt, Rollouts, Taps, Targets
 
 WIDE = {"type": "local", "model": str(MODELS / "wide_teacher"), "dtype": "float32"}

@@ -16,7 +16,8 @@ from oprd.recipe import Recipe
 from oprd.seeds import derive_seed
 from oprd.student import InitialStudent
 from oprd.teacher.local import LocalTeacher
-from oprd.train.setup import Given, check_pairs, open_accelerator, teacher_context
+from oprd.train.pair import Given, check_pairs, teacher_context
+from oprd.train.setup import open_accelerator
 
 MAX_RANK = 4096
 """Largest rank in the file, cut to the smaller width; it contains every smaller one."""

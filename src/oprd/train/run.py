@@ -16,7 +16,8 @@ from oprd.recipe import Recipe, parse_recipe
 from oprd.section import Section
 from oprd.teacher.base import TeacherConfig
 from oprd.train.loop import Result, train
-from oprd.train.setup import Given, setup
+from oprd.train.pair import Given
+from oprd.train.setup import setup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,16 +2,12 @@
 
 import os
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import or_
 
-import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin
-from transformers import PreTrainedTokenizerBase
 
 from oprd.algorithm import Distillation
 from oprd.data.chat import decode
@@ -20,32 +16,22 @@ from oprd.distributed import Ranks
 from oprd.effopd import Extrapolation, validation_prompts
 from oprd.errors import ConfigError, DataError
 from oprd.evaluate.benchmarks import Benchmark, load_benchmarks
-from oprd.models.language_model import CausalLM, LanguageModel, Model, is_peft
+from oprd.models.language_model import LanguageModel, Model, is_peft
 from oprd.models.loading import ModelFacts, frozen_copy, load_frozen, load_student
 from oprd.models.probe import check_family
-from oprd.objectives.base import Objective, check_pair
+from oprd.objectives.base import Objective
 from oprd.progress import console
 from oprd.recipe import Recipe
 from oprd.rollout.base import RolloutEngine
 from oprd.rollout.sources import SourceContext
 from oprd.student import InitialStudent, Student
-from oprd.teacher.base import Needs, TeacherContext, TeacherFacts
+from oprd.teacher.base import TeacherContext, TeacherFacts
 from oprd.teacher.local import LocalTeacher, Reference
 from oprd.train.checkpoint import find_checkpoint
+from oprd.train.pair import Given, check_pairs, pair_stops, teacher_context
 from oprd.train.run_folder import RunFolder
-from oprd.types import Capability, Prompt, Taps
+from oprd.types import Capability, Prompt
 from oprd.verify.pool import VerifierPool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
-    """Objects handed over from Python in place of names in the recipe."""
-
-    student: CausalLM | None = None
-    teacher: CausalLM | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
-    teacher_tokenizer: PreTrainedTokenizerBase | None = None
-    prompts: datasets.Dataset | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,18 +172,8 @@ def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -
         objectives=objectives,
         prompts=prompts,
         benchmarks=load_benchmarks(recipe.evaluation, student.tokenizer, context=student.context),
-        context=replace(context, prompts=prompts, pair_stops=_pair_stops(student, teacher)),
+        context=replace(context, prompts=prompts, pair_stops=pair_stops(student, teacher)),
     )
-
-
-def _pair_stops(student: ModelFacts, teacher: TeacherFacts) -> tuple[int, ...]:
-    """All stop ids of the student and of the local teachers with its tokenizer; none where all stop by the same."""
-    shared = {Capability.HIDDEN, Capability.SAME_TOKENIZER}
-    teachers = [
-        one.model for one in (teacher.members or {"": teacher}).values() if shared <= one.provides and one.model
-    ]
-    stops = {frozenset(model.stop_ids) for model in (student, *teachers)}
-    return tuple(sorted(frozenset[int]().union(*stops))) if len(stops) > 1 else ()
 
 
 def _tell_of_stops(checked: Checked) -> None:
@@ -209,64 +185,6 @@ def _tell_of_stops(checked: Checked) -> None:
             markup=False,
             highlight=False,
         )
-
-
-def check_pairs(recipe: Recipe, objectives: tuple[Objective, ...], teacher: TeacherFacts) -> None:
-    """Raise TeacherMismatch unless teacher and source provide what every objective and the source require."""
-    rollout, source = recipe.rollout, recipe.rollout.source
-    provided, why_not = source.provides, dict(teacher.why_not)
-    if (rollout.sampling_temperature, rollout.top_p) != (1.0, 1.0):
-        provided -= {Capability.ON_POLICY}
-        why_not[Capability.ON_POLICY] = (
-            f"sampling_temperature is {rollout.sampling_temperature}, top_p is {rollout.top_p}"
-        )
-    kind = recipe.teacher.type
-    for objective in objectives:
-        check_pair(objective, teacher.provides | provided, why_not, kind)
-        if (
-            rollout.updates_per_rollout > 1
-            and objective.importance_weighted
-            and Capability.LOGPROBS in objective.requires
-            and Capability.SAME_TOKENIZER not in teacher.provides
-        ):
-            raise ConfigError(
-                f"rollout.updates_per_rollout is {rollout.updates_per_rollout}, but the teacher has another tokenizer: "
-                "importance weights are taken by token, not by the span between two aligned tokens. Set it to 1"
-            )
-
-
-def teacher_context(
-    recipe: Recipe,
-    given: Given,
-    student: ModelFacts,
-    objectives: tuple[Objective, ...],
-    ranks: Ranks,
-    initial: InitialStudent,
-) -> TeacherContext:
-    """What teachers are built from, before the student is loaded."""
-    required = frozenset[Capability]().union(*(objective.requires for objective in objectives))
-    continues = Capability.TEXT in required
-    handed = {"model": given.teacher, "tokenizer": given.teacher_tokenizer} if "" in recipe.teacher.members else {}
-    return TeacherContext(
-        student=student,
-        initial_student=initial,
-        needs=Needs(
-            taps=reduce(or_, (objective.teacher_taps for objective in objectives), Taps()),
-            text=continues or recipe.rollout.source.writes_by_teacher,
-            continues=continues,
-            logprobs=bool(required & {Capability.LOGPROBS, Capability.TOP_K}),
-            top_k=max((objective.top_k_of_teacher for objective in objectives), default=0),
-            diagnostics=recipe.health_tokens > 0,
-        ),
-        device=ranks.device,
-        sharded=ranks.sharded,
-        rank=ranks.rank,
-        world_size=ranks.size,
-        seed=recipe.seed,
-        max_sequences=recipe.rollout.engine.max_sequences,
-        cache=RunFolder(recipe.output_dir).teacher_cache,
-        given={key: value for key, value in handed.items() if value is not None},
-    )
 
 
 def _load_student(
