@@ -1,12 +1,14 @@
 """The trained student as a folder that `AutoModelForCausalLM.from_pretrained` loads, with a card that says how it was made."""
 
 import copy
-from collections.abc import Sequence
-from typing import cast
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from oprd.evaluate.evaluate import Evaluation
 from oprd.files import write_atomically
@@ -24,19 +26,46 @@ def save_student(parts: Parts) -> None:
     gathered = get_model_state_dict(student.wrapper, options=options)
     if not parts.ranks.is_main:
         return
-    dtype = torch.bfloat16 if parts.recipe.bf16 else torch.float32
-    weights = {
-        name.removeprefix(_STUDENT): cast(torch.Tensor, value).to(dtype)
-        for name, value in gathered.items()
-        if name.startswith(_STUDENT)
-    }
-    student.lm.model.save_pretrained(str(folder), state_dict=weights)
-    student.lm.tokenizer.save_pretrained(folder)
-    # what ended the completions it learned on ends those it writes from here on
-    generation = copy.deepcopy(student.lm.core.generation_config) or GenerationConfig()
-    generation.eos_token_id = list(student.lm.stop_ids)
-    generation.save_pretrained(folder)
+    lm, named = student.lm, {n.removeprefix(_STUDENT): x for n, x in gathered.items() if n.startswith(_STUDENT)}
+    dtype = torch.bfloat16 if parts.recipe.bf16 and not is_peft(lm.model) else torch.float32
+    lm.core.generation_config = generation_config(lm)
+    lm.model.save_pretrained(str(folder), state_dict=saved_weights(lm.core, named, dtype))
+    lm.tokenizer.save_pretrained(folder)
+    lm.core.generation_config.save_pretrained(folder)
+    if not is_peft(lm.model):  # save_pretrained wrote the dtype of the weights in training
+        config = copy.deepcopy(lm.core.config)
+        config.dtype = dtype
+        config.save_pretrained(folder)
     write_card(parts, ())
+
+
+def saved_weights(model: PreTrainedModel, named: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Each parameter as transformers holds it in a model of `dtype`, some of them in float32 always; buffers as they are.
+    Tied weights stay one."""
+    with torch.device("meta"):
+        empty = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)  # pyright: ignore[reportPrivateUsage]
+    float32 = empty._get_dtype_plan(dtype)  # pyright: ignore[reportPrivateUsage]
+    held, own = (dict(one.named_parameters(remove_duplicate=False)) for one in (empty, model))
+    converted = dict[int, Tensor]()
+    weights = dict[str, Tensor](named)
+    for name in weights.keys() & held.keys():
+        if not any(re.search(pattern.replace("*", ".*"), name) for pattern in float32):
+            weights[name] = weights[name].to(held[name].dtype)
+    for name in weights.keys() & own.keys():
+        weights[name] = converted.setdefault(id(own[name]), weights[name])
+    return weights
+
+
+def generation_config(lm: LanguageModel) -> GenerationConfig:
+    """The model's own, with the stop tokens of the run: what ended the completions it learned on ends those it writes from
+    here on. Of one that contradicts itself, which transformers refuses to save, only the tokens are kept."""
+    own = copy.deepcopy(lm.core.generation_config) or GenerationConfig()
+    own.eos_token_id = list(lm.stop_ids)
+    try:
+        own.validate(strict=True)
+    except ValueError:
+        return GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=lm.pad_id)
+    return own
 
 
 def write_card(parts: Parts, evaluations: Sequence[Evaluation]) -> None:
