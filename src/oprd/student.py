@@ -176,14 +176,15 @@ class Student(Model):
 
 @final
 class InitialStudent(Model):
-    """The student before training: a frozen copy, or the student with its adapter off. Usable once it is attached."""
+    """The student before training: a frozen copy, or, of an adapter, the student with the adapter's first weights put in
+    place. Usable once it is attached."""
 
     def attach(self, student: Student, copy: FrozenModel | None) -> None:
         """`copy` is None for a student with an adapter."""
-        self._model: Model = student if copy is None else copy
+        self._student, self._model = student, student if copy is None else copy
         self.lm = self._model.lm
-        adapter_off: Any = cast(Any, self.lm.model).disable_adapter if copy is None else contextlib.nullcontext
-        self._before_training = adapter_off
+        trained = [p for p in student.wrapper.parameters() if p.requires_grad] if copy is None else []
+        self._first = [(p, p.detach().clone()) for p in trained]
 
     def hidden(self, batch: Batch, taps: Taps) -> HiddenStates:
         with self._before_training():
@@ -192,6 +193,22 @@ class InitialStudent(Model):
     def generate(self, **kwargs: Any) -> Tensor:
         with self._before_training():
             return self._model.generate(**kwargs)
+
+    @contextlib.contextmanager
+    def _before_training(self) -> Generator[None]:
+        now = [(p, p.detach().clone()) for p, _ in self._first]
+        self._put(self._first)
+        try:
+            yield
+        finally:
+            self._put(now)
+
+    @torch.no_grad()
+    def _put(self, weights: Sequence[tuple[Tensor, Tensor]]) -> None:
+        for parameter, value in weights:
+            parameter.copy_(value)
+        if weights:
+            self._student.reshard()
 
 
 @torch.no_grad()

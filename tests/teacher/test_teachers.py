@@ -116,7 +116,7 @@ def test_a_full_weight_self_teacher_is_a_frozen_copy_of_the_initial_student(tmp_
     assert torch.equal(states(method.teacher, rollouts(lm)), before)
 
 
-def test_a_lora_self_teacher_is_the_student_with_its_adapter_off(tmp_path, train_file):
+def test_a_lora_self_teacher_is_the_student_before_training(tmp_path, train_file):
     student = {"model": str(MODELS / "base"), "lora": {"r": 4}}
     method = setup(parse_recipe(miniature_recipe(tmp_path / "run", train_file, teacher=SELF, student=student))).method
     lm = method.student.lm

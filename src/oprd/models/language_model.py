@@ -170,7 +170,7 @@ class LanguageModel:
 
 
 class Model(ABC):
-    """A model that can be tapped and can write: a frozen one, the student, or the student with its adapter off."""
+    """A model that can be tapped and can write: a frozen one, the student, or the student before training."""
 
     lm: LanguageModel
 

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from oprd.data.chat import stop_ids
 from oprd.errors import ConfigError, ModelError
@@ -55,9 +56,9 @@ class StudentConfig(Section):
     """The model that is trained. Its weights are held in float32; `bf16: true` computes in bfloat16."""
 
     model: str
-    """Folder or Hub name. An adapter's folder continues as an adapter."""
+    """Folder or Hub name. An adapter is trained on as it is, on the base model that it names."""
     lora: LoraSection | None = None
-    """None: train all weights."""
+    """None: train all weights, or the adapter that `model` is."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -79,6 +80,8 @@ class ModelFacts:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
     """Every token that ends the assistant's turn."""
+    adapter: bool = False
+    """Whether it is an adapter on a base model."""
 
     @classmethod
     def read(cls, model: str | CausalLM, tokenizer: PreTrainedTokenizerBase | None = None) -> Self:
@@ -100,7 +103,31 @@ class ModelFacts:
             parameters=sum(parameter.numel() for parameter in empty.parameters()),
             tokenizer=tokenizer,
             stop_ids=stop_ids(tokenizer, _generation_config(model)),
+            adapter=_base_of(model) != model if isinstance(model, str) else is_peft(model),
         )
+
+
+def student_facts(
+    config: StudentConfig, given: CausalLM | None, tokenizer: PreTrainedTokenizerBase | None
+) -> ModelFacts:
+    """Facts of the student, by name or as `given`. Raises an OprdError if it cannot be trained as the recipe says."""
+    if given is not None and not is_peft(given) and given._hf_peft_config_loaded:  # pyright: ignore[reportPrivateUsage]
+        raise ModelError(
+            "the student holds an adapter that transformers loaded, which is saved without its base's training; load it "
+            "with peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)"
+        )
+    if given is not None and not any(parameter.requires_grad for parameter in given.parameters()):
+        raise ModelError(
+            "no weight of the student requires gradient; load an adapter with is_trainable=True, or call "
+            "requires_grad_(True) on what is to be trained"
+        )
+    facts = ModelFacts.read(given if given is not None else config.model, tokenizer)
+    if facts.adapter and config.lora is not None:
+        raise ConfigError(
+            f"student.lora asks for a fresh adapter, but {facts.name!r} is an adapter already, which is trained on as it is; "
+            "drop student.lora, or merge the adapter into its base first (PEFT's merge_and_unload)"
+        )
+    return facts
 
 
 def missing_in_common(student: ModelFacts, teacher: ModelFacts) -> Mapping[Capability, str]:
@@ -136,7 +163,12 @@ def tokenizer_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or Hub name. Raises ModelError saying what was tried."""
     try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        try:
+            return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        except (OSError, ValueError):
+            if (base := _base_of(model)) == model:
+                raise
+            return load_tokenizer(base)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load a tokenizer from {model!r}: {_first_line(error)}") from error
 
@@ -151,9 +183,7 @@ def load_student(config: StudentConfig, given: CausalLM | None = None, *, seed: 
         model = given.float()
     check_finite(model, config.model)
     if config.lora is not None:
-        if isinstance(model, PeftModel):
-            raise ConfigError("student.lora is given, but the student already is a PEFT model; drop one of them")
-        model = _add_lora(model, config.lora, seed)
+        model = _add_lora(cast(PreTrainedModel, model), config.lora, seed)
     if is_peft(model):
         _refuse_prompt_learning(model)
     if config.gradient_checkpointing:
@@ -276,9 +306,9 @@ def _name_of(model: str | CausalLM) -> str:
 
 
 def _base_of(model: str) -> str:
-    """The model an adapter's folder is for; other models are their own base."""
-    adapter = Path(model) / "adapter_config.json"
-    return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else model
+    """The model an adapter is for; other models are their own base."""
+    adapter = find_adapter_config_file(model)
+    return model if adapter is None else str(json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"])
 
 
 def _without_weights(config: Any) -> nn.Module:

@@ -202,7 +202,7 @@ class LocalTeacherConfig(TeacherConfig):
 
 
 class SelfTeacherConfig(TeacherConfig):
-    """The initial student under another prompt: its adapter off, or a frozen copy."""
+    """The initial student under another prompt: the first weights of its adapter, or a frozen copy."""
 
     type: Literal["self"] = "self"
 

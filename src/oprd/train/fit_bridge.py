@@ -9,7 +9,7 @@ from oprd.data.prompts import load_prompts
 from oprd.distributed import Ranks
 from oprd.errors import ConfigError, DataError
 from oprd.models.language_model import FrozenModel, LanguageModel
-from oprd.models.loading import ModelFacts, load_student
+from oprd.models.loading import load_student, student_facts
 from oprd.objectives.oprd_bridge import BridgeObjective
 from oprd.progress import progress_bar
 from oprd.recipe import Recipe
@@ -50,7 +50,7 @@ def prepare_fit(recipe: Recipe, objective: BridgeObjective, given: Given) -> Fit
     ranks, room = Ranks(accelerator), rollout.max_completion_length
     if ranks.size > 1:
         raise ConfigError(f"fit-bridge runs in one process, {ranks.size} were launched")
-    facts = ModelFacts.read(given.student if given.student is not None else recipe.student.model, given.tokenizer)
+    facts = student_facts(recipe.student, given.student, given.tokenizer)
     context = teacher_context(recipe, given, facts, (), ranks, InitialStudent())
     teacher_facts = recipe.teacher.facts(context)
     check_pairs(recipe, (objective,), teacher_facts)

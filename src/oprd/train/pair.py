@@ -9,7 +9,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from oprd.distributed import Ranks
-from oprd.errors import ConfigError
+from oprd.errors import ConfigError, TeacherMismatch
 from oprd.models.language_model import CausalLM
 from oprd.models.loading import ModelFacts
 from oprd.objectives.base import Objective, check_pair
@@ -29,6 +29,16 @@ class Given:
     tokenizer: PreTrainedTokenizerBase | None = None
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
     prompts: datasets.Dataset | None = None
+
+    def __post_init__(self) -> None:
+        student, teacher = (
+            {*map(id, m.parameters())} if m is not None else set[int]() for m in (self.student, self.teacher)
+        )
+        if student & teacher:
+            raise TeacherMismatch(
+                "student and teacher share weights, and a teacher is frozen; give a teacher of its own (copy.deepcopy), or "
+                "`teacher: {type: self}` for the student before training"
+            )
 
 
 def check_pairs(recipe: Recipe, objectives: tuple[Objective, ...], teacher: TeacherFacts) -> None:

@@ -17,7 +17,7 @@ from oprd.effopd import Extrapolation, validation_prompts
 from oprd.errors import ConfigError, DataError
 from oprd.evaluate.benchmarks import Benchmark, load_benchmarks
 from oprd.models.language_model import LanguageModel, Model, is_peft
-from oprd.models.loading import ModelFacts, frozen_copy, load_frozen, load_student
+from oprd.models.loading import ModelFacts, frozen_copy, load_frozen, load_student, student_facts
 from oprd.models.probe import check_family
 from oprd.objectives.base import Objective
 from oprd.progress import console
@@ -135,8 +135,7 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
 def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -> Checked:
     """Everything that can be known before weights are loaded. Raises an OprdError for the first thing that is wrong."""
     folder = RunFolder(recipe.output_dir)
-    model = given.student if given.student is not None else recipe.student.model
-    student = ModelFacts.read(model, given.tokenizer)
+    student = student_facts(recipe.student, given.student, given.tokenizer)
     folder.check(recipe, needed_gib=_disk_gib(recipe, student))
     if recipe.resume_from_checkpoint is not None:
         find_checkpoint(folder.checkpoints, recipe.resume_from_checkpoint)
@@ -152,6 +151,8 @@ def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -
     if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise ConfigError("bf16 is true, but this GPU does not support bfloat16; set bf16=false")
     objectives = tuple(objective.bind(student) for objective in recipe.objective)
+    if ranks.sharded and (student.adapter or recipe.student.lora is not None):
+        _refuse_uneven_passes(recipe, objectives)
     context = teacher_context(recipe, given, student, objectives, ranks, initial)
     teacher = recipe.teacher.facts(context)
     check_pairs(recipe, objectives, teacher)
@@ -199,19 +200,29 @@ def _load_student(
         pair_stops=checked.context.pair_stops,
     )
     check_family(lm)
-    tapped = any(o.reference_taps.hidden and o.reference is None for o in checked.objectives)
-    needed = tapped or any(config.uses_initial_student for config in recipe.teacher.members.values())
-    if tapped and checked.context.sharded and is_peft(model):
-        raise ConfigError(
-            "an objective taps the initial student, which under LoRA is the student with its adapter off: another number of "
-            "forward passes on each rank, which FSDP waits for forever. Use DDP, or train all weights"
-        )
+    needed = _taps_initial(checked.objectives) or any(m.uses_initial_student for m in recipe.teacher.members.values())
     copy = frozen_copy(lm, accelerator.device) if needed and not is_peft(model) else None
     updates = recipe.max_steps * recipe.rollout.updates_per_rollout
     student = Student(lm, checked.objectives, accelerator, recipe, updates)
     if needed:
         initial.attach(student, copy)
     return student
+
+
+def _taps_initial(objectives: tuple[Objective, ...]) -> bool:
+    return any(o.reference_taps.hidden and o.reference is None for o in objectives)
+
+
+def _refuse_uneven_passes(recipe: Recipe, objectives: tuple[Objective, ...]) -> None:
+    """Under FSDP a rank that runs a forward pass of the student more than the others waits for them forever."""
+    members = recipe.teacher.members
+    own = [name for name, config in members.items() if config.uses_initial_student]
+    if _taps_initial(objectives) or (own and len(members) > 1):
+        reader = f"teacher {own[0]!r} of several is" if own else "an objective taps"
+        raise ConfigError(
+            f"{reader} the initial student, which of an adapter is the student itself: another number of forward passes on "
+            "each rank, which FSDP waits for forever. Use DDP, or train all weights"
+        )
 
 
 def _reference(checked: Checked, initial: Model, device: torch.device) -> Reference | None:
