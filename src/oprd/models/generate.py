@@ -105,6 +105,7 @@ def _batch(
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=list(stop_ids),
             pad_token_id=lm.pad_id,
+            suppress_tokens=list(lm.unsampled_ids) or None,
         ),
     )
     return [_until_stop(row, stop_ids) for row in out[:, width:].tolist()]

@@ -36,6 +36,9 @@ class LanguageModel:
     pair_stops: tuple[int, ...] = ()
     """Ids that end a turn of this model or of its partner, where the two differ: they end it for both, as one action."""
 
+    rows: int | None = None
+    """Ids from here on are never sampled: a partner has no row for them. None: all may be that the tokenizer has."""
+
     @property
     def core(self) -> PreTrainedModel:
         """The model without its PEFT wrapper; adapters stay inside its layers."""
@@ -72,6 +75,13 @@ class LanguageModel:
     def stop_ids(self) -> tuple[int, ...]:
         """Every token that ends the assistant's turn."""
         return self.pair_stops or stop_ids(self.tokenizer, self.core.generation_config)
+
+    @cached_property
+    def unsampled_ids(self) -> tuple[int, ...]:
+        """Rows of the LM head that are no token: they pad the vocabulary, and a partner may not have them."""
+        size = self.core.config.get_text_config().vocab_size
+        known = {*self.tokenizer.get_vocab().values(), *self.stop_ids}.intersection(range(self.rows or size))
+        return tuple(i for i in range(size) if i not in known)
 
     @cached_property
     def end_of_turn(self) -> int:

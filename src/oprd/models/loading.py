@@ -22,13 +22,13 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from oprd.data.chat import stop_ids
+from oprd.data.chat import decode, render, stop_ids
 from oprd.errors import ConfigError, ModelError
 from oprd.models.language_model import CausalLM, FrozenModel, LanguageModel, is_peft
 from oprd.models.probe import check_family
 from oprd.section import Field, Listed, PositiveInt, Section
 from oprd.seeds import derive_seed
-from oprd.types import Capability
+from oprd.types import Capability, Message
 
 PROBE_TEXTS = (
     "The quick brown fox jumps over 13 lazy dogs.",
@@ -94,6 +94,14 @@ class ModelFacts:
             raise ModelError(f"cannot read the config of {name!r}: {_first_line(error)}") from error
         text = config.get_text_config()
         tokenizer = tokenizer or load_tokenizer(name)
+        stops = stop_ids(tokenizer, _generation_config(model))
+        in_template = render(tokenizer, (Message(role="user", content="1"),))
+        most = max(*stops, *in_template, cast(int, tokenizer.pad_token_id or 0))
+        if most >= text.vocab_size:
+            raise ModelError(
+                f"{name}: {decode(tokenizer, (most,), special=True)!r} is token {most}, but the embedding has "
+                f"{text.vocab_size} rows; call resize_token_embeddings and save the model, or use another token"
+            )
         return cls(
             name=name,
             blocks=text.num_hidden_layers,
@@ -102,7 +110,7 @@ class ModelFacts:
             context=getattr(text, "max_position_embeddings", None) or 2**31,
             parameters=sum(parameter.numel() for parameter in empty.parameters()),
             tokenizer=tokenizer,
-            stop_ids=stop_ids(tokenizer, _generation_config(model)),
+            stop_ids=stops,
             adapter=_base_of(model) != model if isinstance(model, str) else is_peft(model),
         )
 

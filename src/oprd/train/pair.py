@@ -101,9 +101,16 @@ def teacher_context(
 
 def pair_stops(student: ModelFacts, teacher: TeacherFacts) -> tuple[int, ...]:
     """All stop ids of the student and of the local teachers with its tokenizer; none where all stop by the same."""
-    shared = {Capability.HIDDEN, Capability.SAME_TOKENIZER}
-    teachers = [
-        one.model for one in (teacher.members or {"": teacher}).values() if shared <= one.provides and one.model
-    ]
-    stops = {frozenset(model.stop_ids) for model in (student, *teachers)}
+    stops = {frozenset(model.stop_ids) for model in _of_one_tokenizer(student, teacher)}
     return tuple(sorted(frozenset[int]().union(*stops))) if len(stops) > 1 else ()
+
+
+def pair_rows(student: ModelFacts, teacher: TeacherFacts) -> int:
+    """Ids that the embeddings of the student and of the local teachers with its tokenizer all have a row for."""
+    return min(model.vocabulary for model in _of_one_tokenizer(student, teacher))
+
+
+def _of_one_tokenizer(student: ModelFacts, teacher: TeacherFacts) -> list[ModelFacts]:
+    shared = {Capability.HIDDEN, Capability.SAME_TOKENIZER}
+    teachers = (teacher.members or {"": teacher}).values()
+    return [student, *(one.model for one in teachers if shared <= one.provides and one.model)]

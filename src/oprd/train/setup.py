@@ -28,7 +28,7 @@ from oprd.student import InitialStudent, Student
 from oprd.teacher.base import TeacherContext, TeacherFacts
 from oprd.teacher.local import LocalTeacher, Reference
 from oprd.train.checkpoint import find_checkpoint
-from oprd.train.pair import Given, check_pairs, pair_stops, teacher_context
+from oprd.train.pair import Given, check_pairs, pair_rows, pair_stops, teacher_context
 from oprd.train.run_folder import RunFolder
 from oprd.types import Capability, Prompt
 from oprd.verify.pool import VerifierPool
@@ -198,6 +198,7 @@ def _load_student(
         tokenizer=checked.student.tokenizer,
         name=recipe.student.model,
         pair_stops=checked.context.pair_stops,
+        rows=pair_rows(checked.student, checked.teacher),
     )
     check_family(lm)
     needed = _taps_initial(checked.objectives) or any(m.uses_initial_student for m in recipe.teacher.members.values())
