@@ -27,7 +27,7 @@ from oprd.models.language_model import FrozenModel, LanguageModel
 from oprd.models.loading import ModelFacts, load_student
 from oprd.recipe import Recipe, load_recipe
 from oprd.rollout.hf import HFEngine
-from oprd.train.checkpoint import complete_checkpoints, load_weights
+from oprd.train.checkpoint import checkpoints, load_weights
 from oprd.train.run_folder import describe_machine
 from oprd.verify.pool import VerifierPool
 
@@ -49,15 +49,15 @@ MEASURES = {
 
 def measure(folder: Path) -> dict[str, Any]:
     """By checkpoint, the mean over matrices of every measure; and "go far early"."""
-    recipe, checkpoints = load_recipe(folder / "recipe.yaml"), complete_checkpoints(folder / "checkpoints")
+    recipe, saved = load_recipe(folder / "recipe.yaml"), checkpoints(folder / "checkpoints")
     facts = ModelFacts.read(recipe.student.model)
     student = load_student(recipe.student.model_copy(update={"lora": None}))
     lm = LanguageModel(model=student, tokenizer=facts.tokenizer, name=recipe.student.model)
     start = {name: value.clone() for name, value in student.state_dict().items()}
     scale = recipe.student.lora.alpha / recipe.student.lora.r if recipe.student.lora is not None else None
-    steps = [int(path.name.partition("-")[2]) for path in checkpoints]
+    steps = [int(path.name.partition("-")[2]) for path in saved]
     early = min(steps[:-1], key=lambda step: abs(step - EARLY * steps[-1]))
-    updates = {step: update_of(path, start, scale) for step, path in zip(steps, checkpoints, strict=True)}
+    updates = {step: update_of(path, start, scale) for step, path in zip(steps, saved, strict=True)}
     final = updates[steps[-1]]
     matrices = [name for name in block_matrices(lm) if name in final]
     bases = {name: left_vectors(final[name]) for name in matrices}

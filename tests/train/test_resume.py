@@ -70,7 +70,7 @@ from oprd.train import checkpoint
 real, calls = checkpoint.write_atomically, []
 def write(path, text):
     calls.append(path)
-    if len(calls) == 2:
+    if len(calls) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     real(path, text)
 checkpoint.write_atomically = write
@@ -116,7 +116,7 @@ def test_ctrl_c_on_the_command_line_leaves_a_run_that_resumes(tree, tmp_path):
     assert process.returncode == 130, message
     assert "resume_from_checkpoint=latest" in message
     assert "Traceback" not in message
-    (saved,) = checkpoint.complete_checkpoints(tmp_path / "run" / "checkpoints")
+    (saved,) = checkpoint.checkpoints(tmp_path / "run" / "checkpoints")
     assert int(saved.name[5:]) == len(metrics(tmp_path / "run"))
 
 
@@ -138,6 +138,8 @@ def test_an_incomplete_checkpoint_is_never_picked_up(tmp_path):
     folder = tmp_path / "checkpoints"
     assert checkpoint.find_checkpoint(folder, "latest") is None  # the run starts at the first step
     (folder / "step-000002").mkdir(parents=True)
+    (folder / "step-000002" / "state.json").write_text("{}")
+    (folder / "step-000003").mkdir()
     (folder / ".step-000009.tmp").mkdir()
     (folder / ".step-000009.tmp" / "state.json").write_text("{}")
     assert checkpoint.find_checkpoint(folder, "latest") == folder / "step-000002"
@@ -208,7 +210,7 @@ def test_an_error_in_a_step_loses_no_whole_step(place, tree, tmp_path, monkeypat
     with pytest.raises(RuntimeError, match="broken"):
         run_recipe(parse_recipe(recipe))
     monkeypatch.setattr(owner, place, real)
-    (saved,) = checkpoint.complete_checkpoints(tmp_path / "run" / "checkpoints")
+    (saved,) = checkpoint.checkpoints(tmp_path / "run" / "checkpoints")
     assert saved.name == f"step-{len(metrics(tmp_path / 'run')) + (place == 'step_metrics'):06d}"
     run_recipe(parse_recipe(recipe | {"resume_from_checkpoint": "latest"}))
     ours, whole = saved_student(tmp_path / "run"), saved_student(Path(tree["output_dir"]))

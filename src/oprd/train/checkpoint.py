@@ -1,35 +1,42 @@
 """Checkpoints: written aside, synced, renamed. An incomplete one has another name and is never picked up.
 
-Only trained tensors are stored (torch.distributed.checkpoint: every rank its shard), so a LoRA checkpoint is small and a run
-may resume on another number of ranks.
+Only trained tensors are stored (torch.distributed.checkpoint in safetensors, every rank its shard), so a LoRA checkpoint is
+small and a run may resume on another number of ranks. Nothing is pickled. SHA256SUMS holds a checksum of every file, for
+`sha256sum -c` too; a checkpoint that differs from it is never loaded.
 """
 
 import contextlib
+import hashlib
 import json
 import re
 import shutil
 import warnings
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from oprd.distributed import Ranks
 from oprd.errors import RunFolderError
 from oprd.files import sync_folder, write_atomically
+from oprd.progress import console
 from oprd.student import Student
 
-_COMPLETE = re.compile(r"step-(\d{6,})")
-_STUDENT = "model.student."
+SUMS = "SHA256SUMS"
+_NAME = re.compile(r"step-(\d{6,})")
+_STUDENT = "student."
 """Prefix of a student's weight in a checkpoint."""
-_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
+_MOMENTS = {"step": lambda _: torch.zeros(()), "exp_avg": torch.zeros_like, "exp_avg_sq": torch.zeros_like}
+"""What AdamW keeps of a parameter."""
+_FILE_BYTES = 2**31
+"""Of tensors in one file, which is put together in memory."""
 
 
 def save_checkpoint(
@@ -40,91 +47,178 @@ def save_checkpoint(
     state: dict[str, Any],
     tensors: dict[str, Tensor],
     keep: int,
-) -> Path:
+) -> None:
     """Store trained weights, optimizer, `tensors` (DTensors by shards) and `state` after `step` steps; delete all but the
-    newest `keep` checkpoints."""
+    newest `keep` checkpoints. A step that is stored already stays as it is."""
     aside, final = folder / f".step-{step:06d}.tmp", folder / f"step-{step:06d}"
+    if ranks.any_rank(ranks.is_main and (final / SUMS).is_file()):
+        return
     if ranks.is_main:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     ranks.wait()
-    weights, moments = get_state_dict(student.wrapper, student.optimizer, options=_OPTIONS)
-    with _quiet():
-        stored = {"model": weights, "optimizer": moments, "tensors": tensors}
-        save(stored, checkpoint_id=aside, no_dist=ranks.size == 1)
+    stored = {name: value.detach().contiguous() for name, value in (_in_use(student) | tensors).items()}
+    ends = accumulate(value.nbytes for value in stored.values())
+    files = {name: 1 + end // _FILE_BYTES for name, end in zip(stored, ends, strict=True)}
+    with _plain_errors():
+        writer = HuggingFaceStorageWriter(str(aside), files, save_distributed=True)
+        save(stored, storage_writer=writer, no_dist=ranks.size == 1)
     ranks.wait()
     if ranks.is_main:
         state = {"step": step, "scheduler": student.scheduler.state_dict()} | state
         write_atomically(aside / "state.json", json.dumps(state, indent=2))
+    ranks.wait()
+    sums = _sums(aside, ranks)
+    if ranks.is_main:
+        write_atomically(aside / SUMS, sums)
         sync_folder(aside)
-        if final.exists():
-            shutil.rmtree(final)
         aside.rename(final)
         sync_folder(folder)
-        for old in complete_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+        _remove([*folder.glob(".step-*.tmp"), *checkpoints(folder)[:-keep]])
     ranks.wait()
-    return final
 
 
 def load_checkpoint(path: Path, student: Student, ranks: Ranks, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Put weights, optimizer and schedule back in place and write into `tensors`; returns the `state` stored with them."""
-    weights, moments = get_state_dict(student.wrapper, student.optimizer, options=_OPTIONS)
-    stored = {"model": weights, "optimizer": moments, "tensors": tensors}
-    with _quiet():
-        load(stored, checkpoint_id=path, no_dist=ranks.size == 1)
-    set_state_dict(
-        student.wrapper,
-        student.optimizer,
-        model_state_dict=stored["model"],
-        optim_state_dict=stored["optimizer"],
-        options=_OPTIONS,
-    )
+    reader = HuggingFaceStorageReader(str(path))
+    known = reader.read_metadata().state_dict_metadata
+    for name, parameter in _trained(student).items():
+        # before the first update there are none
+        kept = {key: new(parameter) for key, new in _MOMENTS.items() if f"optimizer.{key}.{name}" in known}
+        student.optimizer.state[parameter] = kept
+    with _plain_errors():
+        load(_in_use(student) | tensors, storage_reader=reader, no_dist=ranks.size == 1)
+    student.reshard()
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     student.scheduler.load_state_dict(state["scheduler"])
+    for group, rate in zip(student.optimizer.param_groups, student.scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
     return state
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warning that a single process needs no process group."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-        yield
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """The trained weights of a checkpoint by their names in the student, whole, however many ranks wrote it."""
-    reader = FileSystemReader(path)
+    reader = HuggingFaceStorageReader(str(path))
     stored: dict[str, Any] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)  # pyright: ignore[reportAttributeAccessIssue]
         for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith(_STUDENT) and isinstance(entry, TensorStorageMetadata)
+        if name.startswith(_STUDENT)
     }
-    with _quiet():
+    with _plain_errors():
         load(stored, storage_reader=reader, no_dist=True)
     return {name.removeprefix(_STUDENT): value for name, value in stored.items()}
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if _COMPLETE.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+def checkpoints(folder: Path) -> list[Path]:
+    """What is there of steps, oldest first, but for empty folders."""
+    return [path for path in _steps(folder) if not path.is_dir() or any(path.iterdir())]
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Delete what is there of later steps, and what a killed save left."""
+    _remove([*folder.glob(".step-*.tmp"), *(path for path in _steps(folder) if _step_of(path) > step)])
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.partition("-")[2])
+
+
+def _remove(paths: list[Path]) -> None:
+    """Renamed first: half of a deleted checkpoint is not taken for a damaged one."""
+    for path in paths:
+        aside = path if path.name.startswith(".") else path.rename(path.with_name(f".{path.name}.tmp"))
+        shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink()
 
 
 def find_checkpoint(folder: Path, asked: str) -> Path | None:
     """The checkpoint to resume from: `latest` (None if there is none yet: the run starts at step 0), or a path."""
+    found = checkpoints(folder)
     if asked == "latest":
-        found = complete_checkpoints(folder)
         return found[-1] if found else None
     path = Path(asked)
     if not (path / "state.json").is_file():
-        known = ", ".join(p.name for p in complete_checkpoints(folder)) or "none"
+        known = ", ".join(p.name for p in found) or "none"
         raise RunFolderError(f"resume_from_checkpoint: {path} is not a complete checkpoint; this run has: {known}")
     if path.resolve().parent != folder.resolve():
         raise RunFolderError(
             f"resume_from_checkpoint: {path} belongs to another run; this one keeps its own in {folder}"
         )
     return path
+
+
+def whole_checkpoint(folder: Path, asked: str, ranks: Ranks) -> Path | None:
+    """`find_checkpoint` with every file checked. In place of a damaged `latest` the newest whole one, with a warning.
+
+    Raises RunFolderError where there is none, or where the one that was asked for is damaged.
+    """
+    found = checkpoints(folder) if asked == "latest" else [path for path in [find_checkpoint(folder, asked)] if path]
+    faults = []
+    for path in reversed(found):
+        fault = _fault(path, ranks)
+        if fault is None:
+            if faults and ranks.is_main:
+                told = f"{'; '.join(faults)}. Going on from {path} instead."
+                console.print(told, style="yellow", markup=False, highlight=False)
+            return path
+        faults.append(f"{path}: {fault}")
+    if faults:
+        raise RunFolderError(
+            f"{'; '.join(faults)}. Restore a checkpoint, or delete them all to start at the first step"
+        )
+    return None
+
+
+def _fault(path: Path, ranks: Ranks) -> str | None:
+    """What differs from a checkpoint's checksums, on every rank; None if nothing does."""
+    try:
+        listed = (path / SUMS).read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return f"{SUMS} is missing"
+    found = _sums(path, ranks)
+    if listed != found or "  state.json\n" not in found:
+        wrong = {line[66:] for line in set(listed.split("\n")) ^ set(found.split("\n"))} - {""}
+        return f"missing or damaged: {', '.join(sorted(wrong)) or SUMS}"
+    if json.loads((path / "state.json").read_bytes())["step"] != _step_of(path):
+        return "it is the checkpoint of another step"
+    return None
+
+
+def _sums(path: Path, ranks: Ranks) -> str:
+    """A line with the SHA-256 of every file of a checkpoint, on every rank; each reads its share."""
+    names = sorted(file.name for file in path.iterdir() if file.name != SUMS)
+    lines: list[str] = []
+    for name in names[ranks.rank :: ranks.size]:
+        with contextlib.suppress(OSError), (path / name).open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+    return "".join(sorted(ranks.gather_objects(lines), key=lambda line: line[66:]))
+
+
+def _trained(student: Student) -> dict[str, Tensor]:
+    """Trained parameters by name, with or without a wrapper."""
+    named = student.wrapper.named_parameters()
+    return {name.removeprefix("module."): parameter for name, parameter in named if parameter.requires_grad}
+
+
+def _in_use(student: Student) -> dict[str, Tensor]:
+    """Trained weights and the optimizer's moments of them: the tensors in use, so that loading writes into them."""
+    trained, moments = _trained(student), student.optimizer.state
+    return trained | {
+        f"optimizer.{key}.{name}": value
+        for name, parameter in trained.items()
+        for key, value in moments.get(parameter, {}).items()
+    }
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """The error of the first rank that failed, on every rank, and no warning that a single process needs no group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+        try:
+            yield
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from error

@@ -20,7 +20,7 @@ from oprd.losses.chunked import logprobs_of
 from oprd.progress import Bar, console, progress_bar
 from oprd.recipe import recipe_to_yaml
 from oprd.seeds import derive_seed
-from oprd.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from oprd.train.checkpoint import forget_after, load_checkpoint, save_checkpoint, whole_checkpoint
 from oprd.train.interrupt import Interrupt
 from oprd.train.metrics import diagnostics, progress_note, some_samples, step_metrics
 from oprd.train.save import save_student, write_card
@@ -284,12 +284,14 @@ def _start(parts: Parts) -> Progress:
         if summaries:
             write_atomically(folder.path / "objectives.json", json.dumps(summaries))
     progress, asked = Progress(), recipe.resume_from_checkpoint
-    found = find_checkpoint(folder.checkpoints, asked) if asked is not None else None
+    found = whole_checkpoint(folder.checkpoints, asked, ranks) if asked is not None else None
     if found is not None:
         stored = load_checkpoint(found, parts.method.student, ranks, _tensors(parts))
         progress = Progress(**stored["progress"])
     ranks.wait()
     if ranks.is_main and asked is not None:
+        # checkpoints first: killed in between, the run goes on from the step whose lines it has
+        forget_after(folder.checkpoints, progress.step)
         folder.cut_after(progress.step)
         if found is not None:
             console.print(f"{folder.path}: going on after step {progress.step}.", highlight=False)
