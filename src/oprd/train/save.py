@@ -45,14 +45,14 @@ def saved_weights(model: PreTrainedModel, named: Mapping[str, Any], dtype: torch
     with torch.device("meta"):
         empty = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)  # pyright: ignore[reportPrivateUsage]
     float32 = empty._get_dtype_plan(dtype)  # pyright: ignore[reportPrivateUsage]
-    held, own = (dict(one.named_parameters(remove_duplicate=False)) for one in (empty, model))
-    converted = dict[int, Tensor]()
+    held = dict(empty.named_parameters(remove_duplicate=False))
     weights = dict[str, Tensor](named)
     for name in weights.keys() & held.keys():
         if not any(re.search(pattern.replace("*", ".*"), name) for pattern in float32):
             weights[name] = weights[name].to(held[name].dtype)
-    for name in weights.keys() & own.keys():
-        weights[name] = converted.setdefault(id(own[name]), weights[name])
+    for tied, source in model.all_tied_weights_keys.items():
+        if tied in weights and source in weights:
+            weights[tied] = weights[source]
     return weights
 
 
