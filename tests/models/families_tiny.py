@@ -190,7 +190,10 @@ FAMILIES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "afmoe": ("AfmoeConfig", None, {}),
     "mimo_v2_flash": ("MiMoV2FlashConfig", None, {}),
     "openai_gpt": ("OpenAIGPTConfig", None, {}),
-    "phi4_multimodal": ("Phi4MultimodalConfig", None, {}),
+    "phi4_multimodal": ("Phi4MultimodalConfig", None, {
+        "vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28, "crop_size": 28},
+        "audio_config": {"hidden_size": 16, "intermediate_size": 16, "num_blocks": 2, "num_attention_heads": 2, "ext_pw_out_channel": 16,
+                             "depthwise_separable_out_channel": 16, "nemo_conv_channels": 16}}),
     "ctrl": ("CTRLConfig", None, {"dff": 48}),
     "zaya": ("ZayaConfig", None, {"num_experts_per_tok": 1}),
 }  # fmt: skip
