@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 from peft import PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from conftest import MODELS, load_miniature, miniature_recipe
 from oprd.cli import main
 from oprd.distributed import Ranks
 from oprd.errors import ConfigError, DataError, ModelError, OprdError, RunFolderError, TeacherMismatch
-from oprd.models import loading
 from oprd.recipe import parse_recipe
 from oprd.student import InitialStudent
 from oprd.train.pair import Given
@@ -29,7 +29,7 @@ def no_weights_are_loaded(monkeypatch, request):
         def load(*args, **kwargs):
             raise AssertionError("weights were loaded before the input was checked")
 
-        monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", load)
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
 
 
 def refusal(tree, error: type[OprdError]) -> str:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from oprd.models.language_model import FrozenModel, LanguageModel, Model, evaluating
+from oprd.models.probe import freeze_unreached
 from oprd.objectives.base import Objective
 from oprd.section import NonNegativeFloat, PositiveFloat, Rate, Section, Share
 from oprd.types import Batch, HiddenStates, LMHead, Taps, Targets
@@ -93,7 +94,7 @@ class Student(Model):
         self._settings = settings
         inner = DistillModel(lm, objectives)
         self.objectives, self.taps = inner.objectives, inner.taps
-        lm.freeze_unreached(self.taps)
+        freeze_unreached(lm, self.taps)
         optimizer = torch.optim.AdamW(
             [parameter for parameter in inner.parameters() if parameter.requires_grad],
             lr=settings.learning_rate,

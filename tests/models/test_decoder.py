@@ -9,6 +9,7 @@ from oprd.errors import ModelError
 from oprd.losses.chunked import logits
 from oprd.models.language_model import LanguageModel
 from oprd.models.loading import load_tokenizer
+from oprd.models.probe import freeze_unreached
 from oprd.types import Batch, HiddenSpec, Taps, TokenSelection
 
 MULTIMODAL = ("gemma3", "gemma4", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "mistral3", "llava", "internvl")
@@ -51,7 +52,7 @@ def test_logits_are_the_models_own(family):
 def test_a_vision_tower_is_frozen_and_the_decoder_is_not(family):
     lm = lm_of(family)
     last = HiddenSpec(block="last", at="token", tokens=TokenSelection())
-    lm.freeze_unreached(Taps(hidden=(last,), head=True))
+    freeze_unreached(lm, Taps(hidden=(last,), head=True))
     text = {id(p) for p in lm.decoder.parameters()} | {id(p) for p in lm.core.get_output_embeddings().parameters()}
     assert all(p.requires_grad == (id(p) in text) for p in lm.model.parameters())
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from conftest import MODELS, load_miniature, miniature_recipe
@@ -19,7 +20,6 @@ from oprd.data.batching import split_by_tokens, student_batch
 from oprd.data.chat import render
 from oprd.demo.task import sums, write_jsonl
 from oprd.errors import ConfigError, DataError, TeacherMismatch, TrainingStopped
-from oprd.models import loading
 from oprd.models.loading import ModelFacts
 from oprd.objectives import oprd_bridge
 from oprd.objectives.oprd_bridge import REACH, SURE, edit
@@ -160,7 +160,7 @@ def test_a_file_that_does_not_fit_the_recipe_is_refused_before_loading(
     def load(*args, **kwargs):
         raise AssertionError("weights were loaded before the input was checked")
 
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
     with pytest.raises(error, match=reason.replace("(", r"\(")):
         ready(bridge, prompts, tmp_path / "run", objective)
     assert not (tmp_path / "run").exists()
@@ -449,7 +449,7 @@ def test_without_an_aligned_token_the_run_stops_with_the_reason(form, bridge, pu
 def test_the_published_form_trains_and_leaves_nothing_of_the_bridge_in_the_student(published, prompts, tmp_path):
     tree = bridge_recipe(tmp_path, prompts, published, {"type": "oprd_bridge_published"}, max_steps=1)
     run_recipe(parse_recipe(tree))
-    stored = loading.AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert stored.config.hidden_size == 128
     (told,) = json.loads((tmp_path / "objectives.json").read_text()).values()
     assert [told[block]["rank"] for block in "1234"] == [8, 8, 8, 8]

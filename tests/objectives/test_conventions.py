@@ -13,6 +13,7 @@ from oprd.losses.chunked import logits
 from oprd.losses.divergences import hidden_mse, reverse_kl
 from oprd.models.language_model import FrozenModel, LanguageModel
 from oprd.models.loading import ModelFacts, check_finite
+from oprd.models.probe import freeze_unreached
 from oprd.objectives.base import Objective
 from oprd.objectives.opd import OPD, OPDSampled, OPDTopK
 from oprd.objectives.oprd import OPRD, select_blocks
@@ -169,7 +170,7 @@ def test_blocks_above_the_deepest_matched_one_do_not_run(base, teacher_lm, facts
 
 def test_every_parameter_that_is_left_trainable_gets_a_gradient(base, teacher_lm, facts):
     objective = OPRD(layers=(1, 2))
-    base.freeze_unreached(objective.bind(facts).student_taps)
+    freeze_unreached(base, objective.bind(facts).student_taps)
     values_of(objective, facts, base, teacher_lm).sum().backward()
     trainable = {name for name, p in base.model.named_parameters() if p.requires_grad}
     reached = {name for name, p in base.model.named_parameters() if p.grad is not None}

@@ -4,7 +4,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
+
+from oprd.errors import ModelError
 
 LOGIT_RULES: tuple[tuple[str, Literal["multiply", "divide", "cap"]], ...] = (
     ("logits_scaling", "divide"),  # Granite
@@ -30,8 +37,13 @@ BODIES = {"llama4_text": "model"}
 STATES_FROM_BLOCK_1 = {"mamba", "mamba2", "falcon_mamba", "rwkv"}
 """Model types whose `hidden_states` start with block 1, not with the embedding."""
 
-SEVERAL_STREAMS = {"gemma3n_text", "gemma3n"}
-"""Model types whose blocks hand on several residual streams at once: no one hidden state to tap."""
+_STREAMS = "its blocks hold several residual streams at once, so there is no one hidden state to tap"
+_WRITES_WRONG = "transformers 5.23 writes other text from padded prompts than the model's own forward pass would"
+NOT_SUPPORTED = {
+    "gemma3n": _STREAMS, "deepseek_v4": _STREAMS,
+    "minimax": _WRITES_WRONG, "recurrent_gemma": _WRITES_WRONG, "rwkv": _WRITES_WRONG,
+}  # fmt: skip
+"""Model type -> why it is refused before it is loaded."""
 
 NORM_MARK = "Norm"
 """Part of every normalisation layer's class name: RMSNorm, LayerNorm1P, RMSNormGated."""
@@ -43,6 +55,27 @@ class LogitRule:
 
     scale: float
     softcap: float | None
+
+
+def refuse_family(config: Any, name: str) -> None:
+    """Raise ModelError if models of this config cannot be used."""
+    why = NOT_SUPPORTED.get(config.model_type.removesuffix("_text"))
+    if config.is_encoder_decoder:
+        why = "it is an encoder-decoder; give a decoder-only model"
+    if why is not None:
+        raise ModelError(f"{name} ({config.model_type}): {why}; this family is not supported")
+
+
+def auto_class(config: Any) -> Any:
+    """The class that loads models of this config: some multimodal models are no causal LM to transformers."""
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+
+
+def without_router_losses(model: Any) -> None:
+    """Nothing here learns from the routers' own losses, and computing them fails on padded rows in transformers 5.23."""
+    text = model.config.get_text_config()
+    if getattr(text, "output_router_logits", False):
+        text.output_router_logits = False
 
 
 def logit_rule(config: Any) -> LogitRule:

@@ -1,11 +1,13 @@
 """Text by transformers' `generate`, in left-padded batches: what the student's engine and local teachers share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
 
 from oprd.models.language_model import Model
 from oprd.section import Field, PositiveInt, Section
@@ -62,36 +64,44 @@ def generate(
     repeated = [ids for ids in prompts for _ in range(sampling.samples)]
     order = sorted(range(len(repeated)), key=lambda i: (len(repeated[i]), i))
     completions: list[tuple[int, ...]] = [()] * len(repeated)
-    core, own_config = model.lm.core, model.lm.core.generation_config
     stop_ids = model.lm.stop_ids  # read from the config that is set aside below
     devices = [model.lm.device] if model.lm.device.type == "cuda" else []
-    # generate fills what we leave open from the model's own config: a top_k or a repetition penalty found there would
-    # change what "sampled from the student" means
-    core.generation_config = GenerationConfig()
-    try:
-        # transformers draws from the global generator; the caller's is left as it was
-        with torch.random.fork_rng(devices=devices):
-            for number, start in enumerate(range(0, len(order), max_sequences)):
-                # how long one batch runs must not decide what the next one draws: other weights, the same random numbers
-                torch.manual_seed(derive_seed(seed, number) if number else seed)
-                rows = order[start : start + max_sequences]
-                done = _batch(model, [repeated[i] for i in rows], sampling, stop_ids, synced_gpus)
-                for i, ids in zip(rows, done, strict=True):
-                    completions[i] = ids
-    finally:
-        core.generation_config = own_config
+    # transformers draws from the global generator; the caller's is left as it was
+    with bare_generation_config(model.lm.core), torch.random.fork_rng(devices=devices):
+        for number, start in enumerate(range(0, len(order), max_sequences)):
+            # how long one batch runs must not decide what the next one draws: other weights, the same random numbers
+            torch.manual_seed(derive_seed(seed, number) if number else seed)
+            rows = order[start : start + max_sequences]
+            done = _batch(model, [repeated[i] for i in rows], sampling, stop_ids, synced_gpus)
+            for i, ids in zip(rows, done, strict=True):
+                completions[i] = ids
     return completions
+
+
+@contextmanager
+def bare_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Without the model's own generation config: a top_k or a repetition penalty found there, from which `generate` fills
+    what we leave open, would change what "sampled from the student" means."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, [B, T]."""
+    width = max(map(len, prompts))
+    ids = [[pad_id] * (width - len(row)) + list(row) for row in prompts]
+    return torch.tensor(ids), torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
 
 
 def _batch(
     model: Model, prompts: list[tuple[int, ...]], sampling: Sampling, stop_ids: tuple[int, ...], synced_gpus: bool
 ) -> list[tuple[int, ...]]:
-    lm, width = model.lm, max(map(len, prompts))
-    input_ids = torch.full((len(prompts), width), lm.pad_id)
-    attention_mask = torch.zeros_like(input_ids)
-    for i, ids in enumerate(prompts):
-        input_ids[i, width - len(ids) :] = torch.tensor(ids)
-        attention_mask[i, width - len(ids) :] = 1
+    lm = model.lm
+    input_ids, attention_mask = left_padded(prompts, lm.pad_id)
     greedy = sampling.temperature == 0
     out = model.generate(
         input_ids=input_ids.to(lm.device),
@@ -108,7 +118,7 @@ def _batch(
             suppress_tokens=list(lm.unsampled_ids) or None,
         ),
     )
-    return [_until_stop(row, stop_ids) for row in out[:, width:].tolist()]
+    return [_until_stop(row, stop_ids) for row in out[:, input_ids.shape[1] :].tolist()]
 
 
 def _until_stop(row: list[int], stop_ids: tuple[int, ...]) -> tuple[int, ...]:

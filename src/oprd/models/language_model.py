@@ -130,26 +130,6 @@ class LanguageModel:
     def block_of(self, spec: HiddenSpec) -> int:
         return self.num_blocks if spec.block == "last" else spec.block
 
-    def freeze_unreached(self, taps: Taps) -> None:
-        """Take gradient from what the taps cannot reach, which DDP would silently leave unsynchronised: blocks above
-        the deepest, the final norm if it is not read, an untied LM head that takes no part, a vision tower."""
-        reads_text = {id(p) for p in self.decoder.parameters()}
-        for parameter in (p for p in self.backbone.parameters() if id(p) not in reads_text):
-            parameter.requires_grad_(False)
-        deepest = max(map(self.block_of, taps.hidden))
-        unreached: list[nn.Module] = list(self.blocks[deepest:])
-        if deepest < self.num_blocks:
-            parent_name, _, own_name = self._located[0].rpartition(".")
-            children = list(self.decoder.get_submodule(parent_name).named_children())
-            at = [name for name, _ in children].index(own_name)
-            unreached += [module for _, module in children[at + 1 :]]
-        head = self.core.get_output_embeddings()
-        if not taps.head and head is not None:
-            unreached.append(head)
-        embedding = {id(p) for p in self.core.get_input_embeddings().parameters()}
-        for parameter in (p for module in unreached for p in module.parameters() if id(p) not in embedding):
-            parameter.requires_grad_(False)
-
     @property
     def _located(self) -> tuple[str, nn.ModuleList]:
         found = find_blocks(self.decoder)

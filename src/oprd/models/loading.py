@@ -13,7 +13,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
@@ -24,8 +23,9 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from oprd.data.chat import decode, render, stop_ids
 from oprd.errors import ConfigError, ModelError
+from oprd.models.families import auto_class, refuse_family, without_router_losses
 from oprd.models.language_model import CausalLM, FrozenModel, LanguageModel, is_peft
-from oprd.models.probe import check_family
+from oprd.models.probe import EVERYTHING, Use, check_family
 from oprd.section import Field, Listed, PositiveInt, Section
 from oprd.seeds import derive_seed
 from oprd.types import Capability, Message
@@ -89,7 +89,10 @@ class ModelFacts:
         name = _name_of(model)
         try:
             config = _config(model) if isinstance(model, str) else model.config
+            refuse_family(config, name)
             empty = _without_weights(config) if isinstance(model, str) else model
+        except ModelError:
+            raise
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"cannot read the config of {name!r}: {_first_line(error)}") from error
         text = config.get_text_config()
@@ -190,6 +193,7 @@ def load_student(config: StudentConfig, given: CausalLM | None = None, *, seed: 
     else:
         model = given.float()
     check_finite(model, config.model)
+    without_router_losses(model)
     if config.lora is not None:
         model = _add_lora(cast(PreTrainedModel, model), config.lora, seed)
     if is_peft(model):
@@ -209,22 +213,23 @@ def load_frozen(
     *,
     dtype: torch.dtype,
     quantization: Literal["8bit", "4bit"] | None = None,
-    head: bool = True,
+    use: Use = EVERYTHING,
     pair_stops: tuple[int, ...] = (),
 ) -> FrozenModel:
-    """A model that is never trained, in its own dtype. `head`: whether its LM head will be used."""
+    """A model that is never trained, in its own dtype, checked in what is used of it."""
     name = _name_of(model)
     if isinstance(model, str):
         loaded = _load(model, dtype=dtype, quantization_config=_quantized(quantization))
-        if not head:
+        if not (use.taps.head or use.text):
             _drop_head(loaded)
         loaded = loaded if quantization is not None else loaded.to(device)
     else:
         loaded = model
     check_finite(loaded, name)
+    without_router_losses(loaded)
     frozen = loaded.eval().requires_grad_(False)
     lm = LanguageModel(model=frozen, tokenizer=tokenizer, name=name, pair_stops=pair_stops)
-    check_family(lm)
+    check_family(lm, use)
     return FrozenModel(lm)
 
 
@@ -251,7 +256,7 @@ def _load(model: str, **kwargs: Any) -> Any:
         if base != model:  # an adapter on its base; trainable, it continues as an adapter
             return PeftModel.from_pretrained(_load(base, **kwargs), model, is_trainable=trainable)
         given = {key: value for key, value in kwargs.items() if value is not None}
-        return AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False, **given)
+        return auto_class(_config(model)).from_pretrained(model, trust_remote_code=False, **given)
     except ImportError as error:
         raise ModelError(f"loading {model!r} needs a package that is not installed: {_first_line(error)}") from error
     except (OSError, ValueError, KeyError) as error:
@@ -321,7 +326,7 @@ def _base_of(model: str) -> str:
 
 def _without_weights(config: Any) -> nn.Module:
     with torch.device("meta"):
-        return cast(nn.Module, AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+        return cast(nn.Module, auto_class(config).from_config(config, trust_remote_code=False))
 
 
 def _first_line(error: BaseException) -> str:

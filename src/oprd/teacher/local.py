@@ -16,6 +16,7 @@ from oprd.losses.chunked import logprobs_of
 from oprd.models.generate import Sampling, generate
 from oprd.models.language_model import Model
 from oprd.models.loading import ModelFacts, load_frozen, missing_in_common
+from oprd.models.probe import Use
 from oprd.progress import console
 from oprd.teacher.base import (
     Chains,
@@ -191,7 +192,7 @@ class LocalTeacherConfig(TeacherConfig):
         device = torch.device(self.device) if self.device else context.device
         model = load_frozen(
             context.given.get("model", self.model), facts.model.tokenizer, device, dtype=getattr(torch, self.dtype),
-            quantization=self.quantization, head=needs.taps.head or needs.text or needs.diagnostics,
+            quantization=self.quantization, use=Use(taps=needs.taps | Taps(head=needs.diagnostics), text=needs.text),
             pair_stops=() if aligned else context.pair_stops,
         )  # fmt: skip
         return LocalTeacher(

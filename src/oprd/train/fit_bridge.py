@@ -10,6 +10,7 @@ from oprd.distributed import Ranks
 from oprd.errors import ConfigError, DataError
 from oprd.models.language_model import FrozenModel, LanguageModel
 from oprd.models.loading import load_student, student_facts
+from oprd.models.probe import EVERYTHING, check_family
 from oprd.objectives.oprd_bridge import BridgeObjective
 from oprd.progress import progress_bar
 from oprd.recipe import Recipe
@@ -68,6 +69,7 @@ def prepare_fit(recipe: Recipe, objective: BridgeObjective, given: Given) -> Fit
         )
     model = load_student(recipe.student, given.student, seed=recipe.seed).to(cast(Any, accelerator.device))
     lm = LanguageModel(model=model, tokenizer=facts.tokenizer, name=recipe.student.model)
+    check_family(lm, EVERYTHING)
     student = FrozenModel(lm, lambda: accelerator.autocast())
     engine, sampling = rollout.engine.build(student), rollout.sampling(samples=rollout.group_size)
     return FitJob(

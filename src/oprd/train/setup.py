@@ -2,6 +2,8 @@
 
 import os
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +20,7 @@ from oprd.errors import ConfigError, DataError
 from oprd.evaluate.benchmarks import Benchmark, load_benchmarks
 from oprd.models.language_model import LanguageModel, Model, is_peft
 from oprd.models.loading import ModelFacts, frozen_copy, load_frozen, load_student, student_facts
-from oprd.models.probe import check_family
+from oprd.models.probe import Use, check_family
 from oprd.objectives.base import Objective
 from oprd.progress import console
 from oprd.recipe import Recipe
@@ -30,7 +32,7 @@ from oprd.teacher.local import LocalTeacher, Reference
 from oprd.train.checkpoint import find_checkpoint
 from oprd.train.pair import Given, check_pairs, pair_rows, pair_stops, teacher_context
 from oprd.train.run_folder import RunFolder
-from oprd.types import Capability, Prompt
+from oprd.types import Capability, Prompt, Taps
 from oprd.verify.pool import VerifierPool
 
 
@@ -200,7 +202,8 @@ def _load_student(
         pair_stops=checked.context.pair_stops,
         rows=pair_rows(checked.student, checked.teacher),
     )
-    check_family(lm)
+    taps = reduce(or_, (objective.student_taps for objective in checked.objectives))
+    check_family(lm, Use(taps=taps | Taps(head=recipe.health_tokens > 0)))
     needed = _taps_initial(checked.objectives) or any(m.uses_initial_student for m in recipe.teacher.members.values())
     copy = frozen_copy(lm, accelerator.device) if needed and not is_peft(model) else None
     updates = recipe.max_steps * recipe.rollout.updates_per_rollout
@@ -238,8 +241,8 @@ def _reference(checked: Checked, initial: Model, device: torch.device) -> Refere
     (name,) = wanted
     if name is None:
         return Reference(initial)
-    head = any(o.reference_taps.head for o in checked.objectives)
-    return Reference(load_frozen(name, checked.student.tokenizer, device, dtype=torch.bfloat16, head=head))
+    use = Use(taps=reduce(or_, (objective.reference_taps for objective in checked.objectives)), text=False)
+    return Reference(load_frozen(name, checked.student.tokenizer, device, dtype=torch.bfloat16, use=use))
 
 
 def _check_validation(
