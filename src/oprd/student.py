@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
-from oprd.models.language_model import FrozenModel, LanguageModel, Model, evaluating
+from oprd.models.language_model import FrozenModel, LanguageModel, Model, evaluating, train_mode
 from oprd.models.probe import freeze_unreached
 from oprd.objectives.base import Objective
 from oprd.section import NonNegativeFloat, PositiveFloat, Rate, Section, Share
@@ -121,7 +121,7 @@ class Student(Model):
 
     def losses(self, batch: Batch, targets: Targets) -> tuple[Float[Tensor, " N"], ...]:
         """One value per supervised token and objective, with gradient."""
-        self.wrapper.train()
+        train_mode(self.wrapper)
         return self.wrapper(batch, targets)
 
     @contextlib.contextmanager

@@ -9,12 +9,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast, final
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.data.chat import end_of_turn, stop_ids
@@ -130,6 +132,11 @@ class LanguageModel:
     def block_of(self, spec: HiddenSpec) -> int:
         return self.num_blocks if spec.block == "last" else spec.block
 
+    def recompute_blocks(self) -> None:
+        """Keep the blocks' inputs alone for the backward pass, which runs them once more."""
+        for block in self.blocks:
+            block.forward = partial(_recomputed, block.forward)
+
     @property
     def _located(self) -> tuple[str, nn.ModuleList]:
         found = find_blocks(self.decoder)
@@ -194,6 +201,23 @@ class FrozenModel(Model):
 def is_peft(model: nn.Module) -> bool:
     """Whether an adapter of PEFT is around or inside the model."""
     return isinstance(model, PeftModel)
+
+
+def train_mode(model: nn.Module) -> None:
+    """Training mode for adapters, whose dropout a recipe asks for, and evaluation mode for the rest: the model's own dropout
+    and its routers' noise would give other states than the rollouts were sampled with."""
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.train()
+            module.get_base_layer().eval()
+
+
+def _recomputed(forward: Callable[..., object], *args: Any, **kwargs: Any) -> object:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    # reentrant checkpointing would run the blocks without a graph, and the tapped states would get no gradient
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 @contextlib.contextmanager

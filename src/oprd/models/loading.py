@@ -198,11 +198,6 @@ def load_student(config: StudentConfig, given: CausalLM | None = None, *, seed: 
         model = _add_lora(cast(PreTrainedModel, model), config.lora, seed)
     if is_peft(model):
         _refuse_prompt_learning(model)
-    if config.gradient_checkpointing:
-        # reentrant checkpointing would run the blocks without a graph, and the tapped states would get no gradient
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        if is_peft(model):
-            model.enable_input_require_grads()
     return model
 
 

@@ -204,6 +204,8 @@ def _load_student(
     )
     taps = reduce(or_, (objective.student_taps for objective in checked.objectives))
     check_family(lm, Use(taps=taps | Taps(head=recipe.health_tokens > 0)))
+    if recipe.student.gradient_checkpointing:
+        lm.recompute_blocks()
     needed = _taps_initial(checked.objectives) or any(m.uses_initial_student for m in recipe.teacher.members.values())
     copy = frozen_copy(lm, accelerator.device) if needed and not is_peft(model) else None
     updates = recipe.max_steps * recipe.rollout.updates_per_rollout

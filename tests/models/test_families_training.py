@@ -1,0 +1,114 @@
+"""Every supported family is trained as plain autograd on its own forward pass would train it."""
+
+import pytest
+import torch
+from families_tiny import FAMILIES, make_model
+from peft import LoraConfig, get_peft_model
+from test_families import BY_NAME, BY_PROBE, TOKENIZER, lm_of
+
+from oprd.models.families import starts_with_block_1, without_router_losses
+from oprd.models.language_model import LanguageModel, train_mode
+from oprd.models.loading import ModelFacts
+from oprd.objectives.opd import OPD
+from oprd.objectives.oprd import OPRD
+from oprd.student import DistillModel
+from oprd.types import Batch, Targets
+
+SUPPORTED = [name for name in FAMILIES if name not in {*BY_NAME, *BY_PROBE}]
+FAST = {"llama", "gemma3", "gemma4_text", "mixtral", "gpt2_dropout", "phimoe", "qwen3_5_text", "falcon_h1"}
+PROMPTS, LENGTHS = (3, 5), (9, 4)
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def some(families, fast=FAST):
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in families]
+
+
+def batch_of():
+    """Two rows, the second padded."""
+    ids, mask = torch.full((2, 12), 257), torch.zeros(2, 12, dtype=torch.long)
+    for row, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
+        ids[row, : prompt + length] = torch.arange(30 + 50 * row, 30 + 50 * row + prompt + length)
+        mask[row, : prompt + length] = 1
+    return Batch(input_ids=ids, attention_mask=mask, prompt_lengths=PROMPTS, completion_lengths=LENGTHS)
+
+
+def objectives(student):
+    facts = ModelFacts.read(student.model, TOKENIZER)
+    return OPRD(tokens="all").bind(facts), OPD().bind(facts)
+
+
+def losses_of(student, teacher, batch):
+    """One value per token, OPRD over all blocks and reverse KL summed."""
+    model = DistillModel(student, objectives(student))
+    with torch.no_grad():
+        targets = Targets(teacher=teacher.tap(batch, model.taps))
+    train_mode(model)
+    return torch.stack(model(batch, targets)).sum(0)
+
+
+def own_losses(student, teacher, batch):
+    """The same from the models' own forward passes on each row alone, by the definitions."""
+    values = []
+    for row, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
+        ids = batch.input_ids[row : row + 1, : prompt + length]
+        ours = student.core(input_ids=ids, use_cache=False, output_hidden_states=True)
+        with torch.no_grad():
+            theirs = teacher.core(input_ids=ids, use_cache=False, output_hidden_states=True)
+        blocks, first = student.num_blocks, 0 if starts_with_block_1(student.core.config) else 1
+        depths = [*range(first, first + blocks - 1), -1]
+        distances = [(ours.hidden_states[d] - theirs.hidden_states[d])[0, prompt:].square().mean(-1) for d in depths]
+        log_p, log_q = (out.logits[0, prompt - 1 : -1].log_softmax(-1) for out in (ours, theirs))
+        values.append(torch.stack(distances).mean(0) + (log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(values)
+
+
+def gradients(model, values):
+    model.zero_grad()
+    values.sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+
+
+def assert_gradients_agree(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    largest = max(float(x.abs().max()) for x in theirs.values())
+    for name, gradient in theirs.items():
+        off = float((ours[name] - gradient).abs().max())
+        assert off <= 1e-3 * float(gradient.abs().max()) + 1e-5 * largest, (name, off)
+
+
+def two(family):
+    """A student of the family, and a teacher with other weights."""
+    teacher = make_model(family, seed=1)
+    without_router_losses(teacher)
+    return lm_of(family), LanguageModel(model=teacher.requires_grad_(False), tokenizer=TOKENIZER, name="teacher")
+
+
+@pytest.mark.parametrize("family", some(SUPPORTED))
+def test_losses_and_gradients_are_those_of_plain_autograd(family):
+    student, teacher = two(family)
+    batch = batch_of()
+    expected = own_losses(student, teacher, batch)
+    right = gradients(student.model, expected)
+    for recompute in (False, True):
+        if recompute:
+            student.recompute_blocks()
+        values = losses_of(student, teacher, batch)
+        torch.testing.assert_close(values, expected, rtol=1e-3, atol=1e-4)
+        assert_gradients_agree(gradients(student.model, values), right)
+
+
+def test_an_adapters_dropout_acts_in_training_and_the_models_own_does_not():
+    student, teacher = two("gpt2_dropout")
+    adapted = get_peft_model(
+        student.model, LoraConfig(r=4, lora_dropout=0.5, target_modules=["c_attn"], init_lora_weights=False)
+    )
+    noisy = LanguageModel(model=adapted, tokenizer=TOKENIZER, name="student")
+    once, again = (losses_of(noisy, teacher, batch_of()) for _ in range(2))
+    assert not torch.allclose(once, again)
+    for module in adapted.modules():
+        if isinstance(module, torch.nn.Dropout) and module.p == 0.5:
+            module.p = 0.0
+    once, again = (losses_of(noisy, teacher, batch_of()) for _ in range(2))
+    assert torch.equal(once, again)
