@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from oprd.errors import Interrupted, OprdError, TrainingStopped
 from oprd.progress import console
@@ -23,6 +24,7 @@ Benchmarks = Annotated[list[str], typer.Argument(metavar="BENCHMARK|KEY=VALUE", 
 Runs = Annotated[list[Path], typer.Argument(help="Run folders.")]
 EvalFolder = Annotated[Path, typer.Option(help="Folder for scores and completions with their verdicts.")]
 DemoFolder = Annotated[Path, typer.Option(help="Folder of the two runs; an interrupted demo goes on there.")]
+DemoSeed = Annotated[int, typer.Option(min=0, max=2**32 - 1)]
 Page = Annotated[Path, typer.Option(help="The page to write.")]
 
 EXIT_USER_ERROR, EXIT_STOPPED, EXIT_INTERRUPTED = 2, 3, 130
@@ -97,7 +99,7 @@ def report(runs: Runs, out: Page = Path("report.html")) -> None:
 
 
 @app.command()
-def demo(out: DemoFolder = Path("runs/demo"), seed: int = 0) -> None:
+def demo(out: DemoFolder = Path("runs/demo"), seed: DemoSeed = 0) -> None:
     """Watch a tiny student reach its teacher: OPRD and sampled-token OPD on signed sums, in minutes on two cores."""
     from oprd.demo.run import run_demo
 
@@ -114,18 +116,22 @@ def main() -> None:
     }.get(" ".join(sys.argv[1:2]), "Nothing that was written is lost")
     try:
         app()
-    except TrainingStopped as error:
-        console.print(f"[bold red]stopped:[/] {error}", highlight=False)
-        sys.exit(EXIT_STOPPED)
     except OprdError as error:
-        console.print(f"[bold red]{type(error).__name__}:[/]", end=" ")
-        console.print(str(error), markup=False, highlight=False)
-        sys.exit(EXIT_USER_ERROR)
+        stopped = isinstance(error, TrainingStopped)
+        _say(str(error), "stopped" if stopped else type(error).__name__)
+        sys.exit(EXIT_STOPPED if stopped else EXIT_USER_ERROR)
+    except OSError as error:  # a full disk, a folder that nobody may write to
+        _say(str(error), "stopped")
+        sys.exit(EXIT_STOPPED)
     except Interrupted as error:
-        console.print(f"{error}. {go_on}.", highlight=False)
+        _say(f"{error}. {go_on}.")
         sys.exit(128 + error.signal)
     except SystemExit as exit:
         # typer turns a Ctrl-C outside of the loop into this exit, in silence
         if exit.code == EXIT_INTERRUPTED:
-            console.print(f"Stopped at once; what was saved before is intact. {go_on}.", highlight=False)
+            _say(f"Stopped at once; what was saved before is intact. {go_on}.")
         raise
+
+
+def _say(text: str, kind: str = "") -> None:
+    console.print(Text.assemble((f"{kind}: ", "bold red") if kind else "", text))

@@ -2,9 +2,8 @@
 """A recipe: every choice of a run, mirrored by the YAML file key by key. Reading, overriding, writing."""
 
 import difflib
-import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
@@ -15,16 +14,19 @@ from oprd.data.prompts import DataConfig
 from oprd.effopd import EffOPDConfig
 from oprd.errors import ConfigError
 from oprd.evaluate.benchmarks import EvaluationConfig
+from oprd.files import read_yaml
 from oprd.models.generate import SamplingSection
 from oprd.models.loading import StudentConfig
 from oprd.objectives import AnyObjective
 from oprd.rollout.hf import HFEngineConfig
 from oprd.rollout.sources import SourceConfig, StudentSource
-from oprd.section import Listed, NonNegativeInt, PositiveInt, Ramp, Section
+from oprd.section import Listed, NonNegativeInt, PositiveInt, Ramp, Section, Seed
 from oprd.student import OptimizerSection
 from oprd.teacher import AnyTeacher
 
 S = TypeVar("S", bound=Section)
+MOST_MESSAGES, MOST_SHOWN = 20, 200
+"""Of the errors that are listed; of the letters of a value in an error."""
 
 
 class RolloutConfig(SamplingSection):
@@ -100,7 +102,7 @@ class Recipe(OptimizerSection):
     """Padded positions of one forward and backward pass on one rank; a longer completion goes alone."""
     bf16: bool = False
     """Compute in bfloat16 over float32 weights."""
-    seed: int = 0
+    seed: Seed = 0
     """Every random number of the run follows from it."""
     max_skipped_steps: PositiveInt = 5
     """Stop after this many steps in a row with a non-finite loss or gradient, or nothing to learn on."""
@@ -138,20 +140,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        tree = yaml.load(text, _Loader)
-    except OSError as error:
-        raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"recipe {path} is not UTF-8 text: {error.reason}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {path} is not YAML: {error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL character
+        raise ConfigError(f"cannot read recipe {path}: {error}") from error
+    tree, lines = read_yaml(text, f"recipe {path}")
     if not isinstance(tree, dict):
         raise ConfigError(f"recipe {path} must be a mapping of keys to values, got {type(tree).__name__}")
-    lines = {where: f"{path}:{line}: " for where, line in _lines(yaml.compose(text, _Loader))}
     for override in overrides:
         _apply(tree, override)
         lines.pop(override.partition("=")[0], None)
-    return parse_recipe(tree, lines)
+    return parse_recipe(tree, {where: f"{path}:{line}: " for where, line in lines.items()})
 
 
 def parse_recipe(tree: Mapping[str, Any], lines: Mapping[str, str] | None = None) -> Recipe:
@@ -175,8 +174,9 @@ def _validate(section: type[S], tree: Mapping[str, Any], lines: Mapping[str, str
         return section.model_validate(dict(tree))
     except ValidationError as error:
         explained = [_explain(section, line, tree) for line in error.errors()]
-        messages = dict.fromkeys(lines.get(where, "") + message for where, message in explained)
-        raise ConfigError("\n".join(messages)) from None
+        messages = [*dict.fromkeys(lines.get(where, "") + message for where, message in explained)]
+        more = [f"and {len(messages) - MOST_MESSAGES} more"] if len(messages) > MOST_MESSAGES else []
+        raise ConfigError("\n".join(messages[:MOST_MESSAGES] + more)) from None
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -189,48 +189,17 @@ def recipe_to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False, allow_unicode=True)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-5 as text; a recipe means the number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
-
-
-def read_yaml(text: str) -> Any:
-    """YAML in which 1e-5 is a number."""
-    return yaml.load(text, _Loader)
-
-
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r} must look like key=value or section.key=value")
     *parents, leaf = key.split(".")
     for depth, parent in enumerate(parents):
-        if tree.get(parent) is None:
-            tree[parent] = {}
-        inner: Any = tree[parent]
+        inner: Any = {} if tree.get(parent) is None else tree[parent]
         if not isinstance(inner, dict):
             raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
-        tree = inner
-    try:
-        tree[leaf] = read_yaml(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
-
-
-def _lines(node: Any, where: str = "") -> Iterator[tuple[str, int]]:
-    """(dotted path, line from 1) of every key."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            path = f"{where}.{key.value}".lstrip(".")
-            yield path, key.start_mark.line + 1
-            yield from _lines(value, path)
-    elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            yield from _lines(value, f"{where}.{i}")
+        tree[parent] = tree = dict(inner)  # a copy: the section may stand in other places too, by an alias
+    tree[leaf], _ = read_yaml(value, f"override {override!r}: the value")
 
 
 GONE = {
@@ -286,7 +255,7 @@ def _explain(section: type[Section], line: Any, tree: Mapping[str, Any]) -> tupl
     if kind == "missing":
         return where, f"{where}: this key is required"
     if kind == "union_tag_not_found":
-        return where, f"{where}: key 'type' is required and says which variant is meant, got {given!r}"
+        return where, f"{where}: key 'type' is required and says which variant is meant, got {shown(given)}"
     if kind == "union_tag_invalid":
         tag, tags = line["ctx"]["tag"], line["ctx"]["expected_tags"]
         return where, f"{where}.type: unknown type {tag!r}{_nearest(tag, tags.split(', '))}; allowed: {tags}"
@@ -294,7 +263,16 @@ def _explain(section: type[Section], line: Any, tree: Mapping[str, Any]) -> tupl
         allowed = _fields_at(section, line["loc"][:-1])
         return where, f"{where}: unknown key{_nearest(str(line['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
     message = line["msg"].replace("Input should", "should").replace("valid tuple", "list")
-    return where, f"{where}: {message}, got {given!r}"
+    return where, f"{where}: {message}, got {shown(given)}"
+
+
+def shown(value: Any) -> str:
+    """A value in an error, cut to a readable length."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}... ({len(text)} characters)"
 
 
 def _nearest(given: str, names: Sequence[str]) -> str:

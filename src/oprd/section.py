@@ -9,10 +9,8 @@ from pydantic import (
     Discriminator,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PlainSerializer,
     PositiveFloat,
-    PositiveInt,
     Tag,
     WithJsonSchema,
     model_validator,
@@ -27,7 +25,13 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, validate_default=True,
         validate_by_name=True, validate_by_alias=True, arbitrary_types_allowed=True, serialize_by_alias=True,
+        allow_inf_nan=False,
     )  # fmt: skip
+
+
+PositiveInt = Annotated[int, Field(gt=0, le=2**40)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=2**40)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class OwnPrompt(Section):
@@ -97,7 +101,7 @@ Layers = Annotated[
 ]
 """Transformer blocks, counted from 1."""
 
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -106,7 +110,7 @@ class Ramp(Section):
 
     start: Annotated[NonNegativeFloat, Field(alias="from")]
     """Its value at step 1."""
-    steps: Annotated[int, Field(gt=1)]
+    steps: Annotated[int, Field(gt=1, le=2**40)]
     """The step from which it stays."""
 
     def between(self, to: float, step: int) -> float:
@@ -142,5 +146,5 @@ Weight = Annotated[
 
 __all__ = [
     "Field", "Layers", "Listed", "NonNegativeFloat", "NonNegativeInt", "OwnPrompt", "PositiveFloat",
-    "PositiveInt", "Ramp", "Rate", "Section", "Share", "Tokens", "Weight", "WeightSchedule",
+    "PositiveInt", "Ramp", "Rate", "Section", "Seed", "Share", "Tokens", "Weight", "WeightSchedule",
 ]  # fmt: skip

@@ -102,6 +102,8 @@ def _epoch_order(size: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 def _read_rows(source: str, split: str) -> Rows:
     path, kind = Path(source), Path(source).suffix.removeprefix(".")
+    if not source.strip("./~ "):
+        raise DataError(f"{source!r} names no dataset; give a .jsonl, .parquet or .csv file, or a Hub name")
     if kind in {"jsonl", "json"}:
         return _json_lines(path)
     is_file = kind in {"parquet", "csv"}

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from oprd.data.prompts import DataConfig, RowsSection, load_prompts
 from oprd.errors import ConfigError, DataError
 from oprd.models.generate import SamplingSection
-from oprd.section import Field, Listed, PositiveInt
+from oprd.section import Field, Listed, PositiveInt, Seed
 from oprd.types import Prompt
 
 HUB_NAMES = {
@@ -32,7 +32,7 @@ class EvaluationConfig(RowsSection, SamplingSection):
     """Completions per problem: the k of avg@k."""
     sampling_temperature: Annotated[float, Field(ge=0, le=10)] = 0.7
     """0 is greedy."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of sampling and of the bootstrap intervals."""
 
 

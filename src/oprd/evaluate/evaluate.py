@@ -167,7 +167,7 @@ def evaluate_model(
 
 def print_table(rows: Iterable[tuple[str, Evaluation]]) -> None:
     """Print a line per evaluation, with a name each; in a narrow terminal only the average and its interval."""
-    console, table = Console(), Table()
+    console, table = Console(markup=False), Table()
     headers = ("", "avg@k", "95% interval", "best@k", "maj@k", "length", "cut")[: 7 if console.width >= 76 else 3]
     for header in headers:
         table.add_column(header, justify="right" if header else "left", overflow="fold", no_wrap=bool(header))

@@ -65,8 +65,9 @@ class LocalTeacher(Teacher):
         if self._aligned < FEW_ALIGNED * self._of and not self._warned:
             self._warned = True
             console.print(
-                f"[yellow]Only {self._aligned / self._of:.0%} of the tokens end where one of teacher {self.model.lm.name} "
-                "ends; the others are not supervised. A teacher with a closer tokenizer would say more.[/]"
+                f"Only {self._aligned / self._of:.0%} of the tokens end where one of teacher {self.model.lm.name} "
+                "ends; the others are not supervised. A teacher with a closer tokenizer would say more.",
+                style="yellow",
             )
         return replace(rollouts, alignments=alignments)
 

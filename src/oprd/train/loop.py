@@ -247,8 +247,9 @@ def _warn_of_truncation(parts: Parts, progress: Progress, share: float) -> None:
     progress.warned_of_truncation = True
     if parts.ranks.is_main:
         console.print(
-            f"[yellow]{share:.0%} of the completions of step {progress.step} were cut at max_completion_length="
-            f"{rollout.max_completion_length}; raise it, or the student never sees its own endings.[/]"
+            f"{share:.0%} of the completions of step {progress.step} were cut at max_completion_length="
+            f"{rollout.max_completion_length}; raise it, or the student never sees its own endings.",
+            style="yellow",
         )
 
 

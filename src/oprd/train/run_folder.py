@@ -26,7 +26,7 @@ import torch
 
 from oprd.errors import RunFolderError
 from oprd.files import write_atomically
-from oprd.recipe import Recipe, parse_recipe, read_yaml, recipe_to_dict, recipe_to_yaml
+from oprd.recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_yaml
 
 MAY_CHANGE = (
     "output_dir", "resume_from_checkpoint", "logging_steps", "health_tokens", "save_steps", "save_total_limit", "eval_steps",
@@ -67,7 +67,7 @@ class RunFolder:
                     f"{self.path} holds another run; choose another output_dir, delete it, "
                     "or continue it with resume_from_checkpoint=latest"
                 )
-            self._check_same(recipe, parse_recipe(read_yaml(known.read_text(encoding="utf-8"))))
+            self._check_same(recipe, load_recipe(known))
         elif self.path.exists() and (not self.path.is_dir() or self._holds_other_things()):
             raise RunFolderError(f"{self.path} exists and is not a run folder; choose another output_dir")
         self._check_writable(needed_gib)

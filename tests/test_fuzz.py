@@ -1,0 +1,220 @@
+"""Mutated input of every kind: it is read right, or refused by an OprdError that says where. `OPRD_FUZZ=4000` cases a test."""
+
+import copy
+import json
+import os
+import sys
+from collections import Counter
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from conftest import MODELS, ROOT, miniature_recipe
+from oprd.cli import main
+from oprd.errors import ConfigError, OprdError
+from oprd.files import read_yaml
+from oprd.recipe import load_recipe, parse_recipe, recipe_to_yaml
+
+CASES = int(os.environ.get("OPRD_FUZZ", "0"))
+TALLY: Counter[str] = Counter()
+"""Cases by test and outcome."""
+TEXTS = [path.read_text() for path in sorted((ROOT / "recipes").glob("*.yaml"))]
+TREES = [read_yaml(text, "recipe")[0] for text in TEXTS]
+ODD = [
+    "", " ", "\0", "\ud800", "\u2028", "\x85", "[/docs]", "[bold", "{x}", "{answer}", "..", "/", "~", "x" * 300, "1e999",
+    "2026-11-25", "null", "yes", "é" * 5, "🙂", None, True, 0, -1, 1, 10**30, 10**400, 2**63, 1e308, -0.0, 1e-320,
+    float("nan"), float("inf"), [], {}, [[]], [None], {"": {}}, {"type": "x"}, {"type": []}, [{"type": "oprd"}] * 3,
+]  # fmt: skip
+plain = st.integers(1, 9) | st.sampled_from([0.5, 1e-5, True, False, "x", "all", "last", "runs/[x]"])
+odd = (
+    st.sampled_from(ODD) | st.text(max_size=8) | st.integers() | st.floats() | st.lists(st.none() | st.text(max_size=3))
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tell():
+    yield
+    if CASES:
+        print("\n" + "\n".join(f"{name}: {count}" for name, count in sorted(TALLY.items())))
+
+
+def cases(fewer: int):
+    """Seeded examples: `fewer` of them, or as many as the environment asks for."""
+    return settings(
+        max_examples=CASES or fewer,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def refused(kind: str, error: OprdError, *named: object) -> None:
+    """Count a refusal; it has to be short, and to name what it is about."""
+    assert 0 < len(str(error)) < 6000, str(error)[:2000]
+    for name in named:
+        assert str(name) in str(error), (name, str(error))
+    TALLY[f"{kind} refused"] += 1
+
+
+def mutate(data, tree):
+    """`tree` with one to three values replaced, dropped, doubled, or put under another key."""
+    tree = copy.deepcopy(tree)
+    for _ in range(data.draw(st.integers(1, 3))):
+        places = list(places_in(tree))
+        if not places:
+            break
+        parent, key = data.draw(st.sampled_from(places))
+        how = data.draw(st.sampled_from(["replace", "replace", "drop", "rename", "wrap"]))
+        if how == "replace":
+            parent[key] = copy.deepcopy(data.draw(plain | odd))
+        elif how == "wrap":
+            parent[key] = data.draw(st.sampled_from([[parent[key]], {"type": parent[key]}, str(parent[key])]))
+        elif isinstance(parent, dict):
+            value = parent.pop(key)
+            if how == "rename":
+                parent[data.draw(st.text(max_size=6) | st.integers() | st.sampled_from(["type", "weight", key]))] = (
+                    value
+                )
+        else:
+            del parent[key]
+    return tree
+
+
+def places_in(tree):
+    for key, value in list(tree.items() if isinstance(tree, dict) else enumerate(tree)):
+        yield tree, key
+        if isinstance(value, dict | list):
+            yield from places_in(value)
+
+
+def check_recipe(kind, read):
+    try:
+        recipe = read()
+    except ConfigError as error:
+        refused(kind, error)
+    else:
+        assert parse_recipe(yaml.safe_load(recipe_to_yaml(recipe))) == recipe
+        TALLY[f"{kind} right"] += 1
+
+
+@cases(300)
+@given(st.data())
+def test_a_recipe_of_odd_values_is_refused_or_reads_back_as_itself(data):
+    tree = mutate(data, data.draw(st.sampled_from(TREES)))
+    check_recipe("recipe tree", lambda: parse_recipe(tree))
+
+
+@cases(150)
+@given(st.data())
+def test_a_recipe_of_odd_text_is_refused_or_reads_back_as_itself(tmp_path_factory, data):
+    text = data.draw(st.sampled_from(TEXTS))
+    for _ in range(data.draw(st.integers(1, 3))):
+        at, cut = data.draw(st.integers(0, len(text))), data.draw(st.integers(0, 12))
+        odd_yaml = [
+            "!!int x",
+            "&a [*a]",
+            "*a",
+            "<<: *a",
+            "? ",
+            "- ",
+            "\t",
+            "!!binary x",
+            "!!timestamp x",
+            "%TAG",
+            "---",
+            "0x" + "f" * 4000,
+        ]
+        text = text[:at] + data.draw(st.sampled_from(odd_yaml) | st.text(max_size=5)) + text[at + cut :]
+    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+    encoding = data.draw(st.sampled_from(["utf-8"] * 8 + ["utf-16", "latin-1", "utf-8-sig"]))
+    path.write_bytes(text.encode(encoding, errors="replace"))
+    check_recipe("recipe text", lambda: load_recipe(path))
+
+
+@cases(150)
+@given(st.data())
+def test_an_odd_override_is_refused_or_reads_back_as_itself(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "plain.yaml"
+    path.write_text(data.draw(st.sampled_from(TEXTS)))
+    keys = ["seed", "rollout.group_size", "objective", "objective.0.weight", "data", "a.b", "", ".", "student.model.x"]
+    key = data.draw(st.sampled_from(keys) | st.text(max_size=6))
+    value = data.draw(
+        st.integers(1, 9).map(str)
+        | st.text(max_size=8)
+        | st.sampled_from(["[", "{a: ", "!!int x", "&a [*a]", "*a", "2026-13-45"])
+    )
+    check_recipe("override", lambda: load_recipe(path, [data.draw(st.sampled_from([f"{key}={value}", key]))]))
+
+
+def test_aliases_that_stand_for_billions_of_values_are_refused_at_once(tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    path = tmp_path / "r.yaml"
+    path.write_text("\n".join(lines) + "\n" + TEXTS[0])
+    with pytest.raises(ConfigError, match="more than 10,000 values, those of its aliases included"):
+        load_recipe(path)
+
+
+def command(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["oprd", *map(str, arguments)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        main()
+    return int(exit.value.code or 0), capsys.readouterr().err
+
+
+def test_a_key_that_is_given_twice_is_refused_with_both_lines(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("max_steps: 8\nmax_steps: 7\n")
+    with pytest.raises(ConfigError, match=r"line 2: key max_steps is given in line 1 already"):
+        load_recipe(path)
+
+
+def test_an_override_changes_one_place_of_what_an_alias_shares(tmp_path):
+    tree = miniature_recipe("run", "d.jsonl")
+    del tree["rollout"], tree["student"], tree["teacher"]
+    path = tmp_path / "r.yaml"
+    shared = "student: &model {model: s}\nteacher: {type: several, teachers: {a: {<<: *model, type: local}}}\n"
+    path.write_text(yaml.safe_dump(tree) + shared)
+    recipe = load_recipe(path, ["student.model=other"])
+    assert (recipe.student.model, recipe.teacher.members["a"].model) == ("other", "s")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("eval", MODELS / "base", "{data}", "top_p=0"), 2),
+        (("eval", MODELS / "base", "{data}", "sampling_temperature=.nan"), 2),
+        (("eval", MODELS / "base", "{data}", "seed=-1"), 2),
+        (("eval", MODELS / "base", "{data}", f"seed={10**30}"), 2),
+        (("eval", MODELS / "base", "{data}[/docs]"), 2),
+        (("eval", MODELS / "base", ""), 2),
+        (("eval", MODELS / "base", "/"), 2),
+        (("eval", MODELS / "base", "x" * 300), 2),
+        (("eval", "[/docs]", "{data}"), 2),
+        (("report", "{folder}", "--out", "{folder}"), 2),
+        (("report", "/proc"), 2),
+        (("report", "x" * 300), 3),
+        (("show-config", "{folder}"), 2),
+        (("train", "{data}"), 2),
+        (("train", "x\ud800"), 2),
+        (("fit-bridge", "{data}[/]"), 2),
+        (("demo", "--seed", "-1"), 2),
+        (("demo", "--out", "{data}"), 3),
+    ],
+    ids=lambda value: (
+        " ".join(map(str, value))[-40:].encode("ascii", "replace").decode() if isinstance(value, tuple) else None
+    ),
+)
+def test_odd_options_end_with_a_message_and_write_nothing(arguments, code, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.jsonl").write_text(json.dumps({"problem": "1+1", "answer": "2"}) + "\n")
+    filled = [str(a).replace("{data}", str(tmp_path / "d.jsonl")).replace("{folder}", str(tmp_path)) for a in arguments]
+    got, err = command(monkeypatch, capsys, *filled)
+    assert got == code, err
+    assert err.strip()
+    assert [path.name for path in tmp_path.iterdir()] == ["d.jsonl"]
