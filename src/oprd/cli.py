@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from oprd.errors import Interrupted, OprdError, TrainingStopped
+from oprd.errors import DiskError, Interrupted, OprdError, TrainingStopped
 from oprd.progress import console
 
 # commands import what they need when they run: torch takes seconds, and `oprd --help` does without it
@@ -117,7 +117,7 @@ def main() -> None:
     try:
         app()
     except OprdError as error:
-        stopped = isinstance(error, TrainingStopped)
+        stopped = isinstance(error, TrainingStopped | DiskError)
         _say(str(error), "stopped" if stopped else type(error).__name__)
         sys.exit(EXIT_STOPPED if stopped else EXIT_USER_ERROR)
     except OSError as error:  # a full disk, a folder that nobody may write to

@@ -1,6 +1,6 @@
 """Ranks: the only place of collectives. Without a launcher there is one rank and nothing is sent."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast, final
 
 import torch
@@ -41,6 +41,17 @@ class Ranks:
     def gather_objects(self, rows: list[Any]) -> list[Any]:
         """The lists of all ranks behind each other."""
         return gather_object(rows)
+
+    def on_main(self, act: Callable[[], None]) -> None:
+        """Let the main rank do something while the others wait. What it raises is raised on all of them."""
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                act()
+            except Exception as caught:
+                error = caught
+        if (first := self.gather_objects([error])[0]) is not None:
+            raise first
 
     def wait(self) -> None:
         """Wait for every rank."""

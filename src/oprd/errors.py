@@ -29,6 +29,10 @@ class RunFolderError(OprdError):
     """The output folder, or a checkpoint in it, cannot be used."""
 
 
+class DiskError(OprdError):
+    """A file cannot be written, because the disk is full or read-only; the command line exits with 3."""
+
+
 class TrainingStopped(OprdError):
     """Training stopped by itself: the cause is in the message, the last checkpoint is intact."""
 

@@ -4,13 +4,16 @@ import contextlib
 import json
 import os
 import re
+import shutil
+import sqlite3
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
-from oprd.errors import ConfigError, RunFolderError
+from oprd.errors import ConfigError, DiskError, RunFolderError
 
 MOST_NODES = 10_000
 """Of the values of a YAML file, those that aliases stand for included."""
@@ -18,13 +21,41 @@ _TEXT = "tag:yaml.org,2002:str"
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises DiskError for whatever keeps the block from writing `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError, sqlite3.OperationalError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DiskError(
+            f"cannot write {path}: {reason}. What was there before is intact; make room, then go on"
+        ) from error
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to. When the block ends without an error it is synced and takes the place of `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A path to write a file or a folder to. When the block ends without an error it is synced and takes the place of
+    `path`; else it is deleted. Raises DiskError."""
     aside = path.with_name(f".{path.name}.tmp")
-    yield aside
-    _sync(aside)
-    aside.replace(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            delete(aside)
+            yield aside
+            if aside.is_dir():
+                sync_folder(aside)
+                delete(path)
+            else:
+                _sync(aside)
+            aside.replace(path)
+        except BaseException:
+            delete(aside)
+            raise
+
+
+def delete(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it; neither needs to be there."""
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -35,24 +66,35 @@ def write_atomically(path: Path, text: str) -> None:
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
     """Append one JSON line."""
-    with path.open("a", encoding="utf-8") as lines:
+    with writing(path), path.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises RunFolderError if it is none."""
+    return _object(path.read_bytes(), f"{path}")
+
+
+def read_jsonl(path: Path, key: str | None = None) -> list[dict[str, Any]]:
     """All rows of a file; none if it is missing. A torn last line, from a crash or from a writer at work, is left out.
 
-    Raises RunFolderError for any other line that is not JSON.
+    Raises RunFolderError for any other line that is not a JSON object, or lacks `key`.
     """
-    lines = path.read_bytes().rstrip().split(b"\n") if path.is_file() else []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:  # not JSON, or not even UTF-8: a torn line may end inside a character
-            if number < len(lines):
-                raise RunFolderError(f"{path}:{number}: not JSON: {error}; the file is damaged") from error
+    *lines, last = path.read_bytes().rstrip().split(b"\n") if path.is_file() else [b""]
+    rows = [_object(line, f"{path}:{number}", key) for number, line in enumerate(lines, start=1)]
+    with contextlib.suppress(RunFolderError):
+        rows.append(_object(last, f"{path}", key))
     return rows
+
+
+def _object(text: bytes, where: str, key: str | None = None) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:  # not JSON, or not even UTF-8: a torn line may end inside a character
+        raise RunFolderError(f"{where}: not JSON: {error}; the file is damaged") from error
+    if not isinstance(found, dict) or key not in {None, *found}:
+        raise RunFolderError(f"{where}: not an object{f' with {key!r}' if key else ''}; the file is damaged")
+    return found
 
 
 def sync_folder(folder: Path) -> None:

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader
 from plotly.offline import get_plotlyjs
 
 from oprd.errors import RunFolderError
-from oprd.files import read_jsonl
+from oprd.files import read_jsonl, write_atomically
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's colour-blind safe set."""
@@ -65,8 +65,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         groups={name: figures for name, figures in groups.items() if figures},
         plotly=get_plotlyjs(),
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    write_atomically(out, text)
     return out
 
 

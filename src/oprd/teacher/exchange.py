@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from oprd.files import writing
+
 # `finish_reason` of a text that the model ended, and of one that a limit cut; any other one loses the response
 ENDED = frozenset({"stop", "stop_sequence", "eos", "eos_token", "end_turn"})
 CUT = frozenset({"length", "max_tokens", "model_length"})
@@ -86,7 +88,7 @@ class UsageLog:
     """
 
     def __init__(self, file: Path, account: tuple[str, str, int]) -> None:
-        self._account = account
+        self._account, self._file = account, file
         # opened in one thread, used in another
         self._database = sqlite3.connect(file, timeout=60.0, check_same_thread=False)
         self._database.executescript(
@@ -109,7 +111,7 @@ class UsageLog:
 
     def add(self, requests: int, tokens: Sequence[int], key: str | None = None, body: str | None = None) -> None:
         """Add usage, and keep a body if it has a key: both or neither."""
-        with self._database as database:
+        with writing(self._file), self._database as database:
             if key is not None and body is not None:
                 database.execute("INSERT OR REPLACE INTO responses VALUES (?, ?)", (key, body))
             database.execute("INSERT OR IGNORE INTO usage VALUES (?, ?, ?, 0, 0, 0)", self._account)

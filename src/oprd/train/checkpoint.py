@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import re
-import shutil
 import warnings
 from collections.abc import Iterator
 from itertools import accumulate
@@ -24,8 +23,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from oprd.distributed import Ranks
-from oprd.errors import RunFolderError
-from oprd.files import sync_folder, write_atomically
+from oprd.errors import DiskError, RunFolderError
+from oprd.files import delete, sync_folder, write_atomically, writing
 from oprd.progress import console
 from oprd.student import Student
 
@@ -53,29 +52,34 @@ def save_checkpoint(
     aside, final = folder / f".step-{step:06d}.tmp", folder / f"step-{step:06d}"
     if ranks.any_rank(ranks.is_main and (final / SUMS).is_file()):
         return
-    if ranks.is_main:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    ranks.wait()
     stored = {name: value.detach().contiguous() for name, value in (_in_use(student) | tensors).items()}
     ends = accumulate(value.nbytes for value in stored.values())
     files = {name: 1 + end // _FILE_BYTES for name, end in zip(stored, ends, strict=True)}
-    with _plain_errors():
-        writer = HuggingFaceStorageWriter(str(aside), files, save_distributed=True)
-        save(stored, storage_writer=writer, no_dist=ranks.size == 1)
-    ranks.wait()
-    if ranks.is_main:
-        state = {"step": step, "scheduler": student.scheduler.state_dict()} | state
-        write_atomically(aside / "state.json", json.dumps(state, indent=2))
-    ranks.wait()
-    sums = _sums(aside, ranks)
-    if ranks.is_main:
+    state = {"step": step, "scheduler": student.scheduler.state_dict()} | state
+
+    def begin() -> None:
+        delete(aside)
+        aside.mkdir(parents=True)
+
+    def end() -> None:
         write_atomically(aside / SUMS, sums)
         sync_folder(aside)
         aside.rename(final)
         sync_folder(folder)
         _remove([*folder.glob(".step-*.tmp"), *checkpoints(folder)[:-keep]])
-    ranks.wait()
+
+    try:
+        with writing(final):
+            ranks.on_main(begin)
+            with _plain_errors():
+                writer = HuggingFaceStorageWriter(str(aside), files, save_distributed=True)
+                save(stored, storage_writer=writer, no_dist=ranks.size == 1)
+            ranks.on_main(lambda: write_atomically(aside / "state.json", json.dumps(state, indent=2)))
+            sums = _sums(aside, ranks)
+            ranks.on_main(end)
+    except DiskError:
+        delete(aside)
+        raise
 
 
 def load_checkpoint(path: Path, student: Student, ranks: Ranks, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -131,7 +135,7 @@ def _remove(paths: list[Path]) -> None:
     """Renamed first: half of a deleted checkpoint is not taken for a damaged one."""
     for path in paths:
         aside = path if path.name.startswith(".") else path.rename(path.with_name(f".{path.name}.tmp"))
-        shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink()
+        delete(aside)
 
 
 def find_checkpoint(folder: Path, asked: str) -> Path | None:

@@ -13,14 +13,14 @@ from oprd.algorithm import Update, mean_update
 from oprd.clock import Clock, peak_memory_gib
 from oprd.data.batching import split_by_tokens
 from oprd.data.prompts import digest
-from oprd.errors import Interrupted, ServerError, TrainingStopped
+from oprd.errors import Interrupted, RunFolderError, ServerError, TrainingStopped
 from oprd.evaluate.evaluate import Evaluation, Evaluator
-from oprd.files import append_jsonl, write_atomically
+from oprd.files import append_jsonl, read_json, write_atomically
 from oprd.losses.chunked import logprobs_of
 from oprd.progress import Bar, console, progress_bar
 from oprd.recipe import recipe_to_yaml
 from oprd.seeds import derive_seed
-from oprd.train.checkpoint import forget_after, load_checkpoint, save_checkpoint, whole_checkpoint
+from oprd.train.checkpoint import checkpoints, forget_after, load_checkpoint, save_checkpoint, whole_checkpoint
 from oprd.train.interrupt import Interrupt
 from oprd.train.metrics import diagnostics, progress_note, some_samples, step_metrics
 from oprd.train.save import save_student, write_card
@@ -109,17 +109,22 @@ def train(parts: Parts) -> Result:
 
 @contextlib.contextmanager
 def _rescue(parts: Parts, progress: Progress) -> Iterator[None]:
-    """Whatever error ends the run, the last whole step is saved first. Of several ranks none knows what became of the others."""
+    """Whatever error ends the run, the last whole step is saved first, or the last one saved is named."""
     try:
         yield
-    except Exception:
-        saved = (parts.folder.checkpoints / f"step-{progress.step:06d}").exists()
-        if parts.ranks.size == 1 and progress.step and not saved and parts.method.student.between_steps:
+    except Exception as error:
+        step, folder = f"step-{progress.step:06d}", parts.folder.checkpoints
+        # of several ranks only these errors are known to be raised by all
+        together = parts.ranks.size == 1 or isinstance(error, TrainingStopped)
+        if together and progress.step and parts.method.student.between_steps and not (folder / step).exists():
             try:
                 _save(parts, progress)
                 console.print(f"The error below came after step {progress.step}, which was saved.", highlight=False)
-            except Exception as error:
-                console.print(f"Step {progress.step} could not be saved ({error}).", markup=False, highlight=False)
+            except Exception as also:
+                console.print(f"Step {progress.step} could not be saved ({also}).", markup=False, highlight=False)
+        saved = checkpoints(folder)
+        last = f"The last checkpoint is {saved[-1]}." if saved else "There is no checkpoint yet."
+        console.print(last, markup=False, highlight=False)
         raise
 
 
@@ -279,11 +284,9 @@ def _evaluate(parts: Parts, progress: Progress) -> tuple[Evaluation, ...]:
 def _start(parts: Parts) -> Progress:
     """Create the folder, or go back to the checkpoint that the recipe asks for."""
     recipe, folder, ranks = parts.recipe, parts.folder, parts.ranks
-    if ranks.is_main:
-        folder.create(recipe, {"stop_ids": parts.method.student.lm.stop_ids, "prompts": digest(parts.prompts)})
-        summaries = {o.name: o.summary() for o in parts.method.student.objectives if o.summary()}
-        if summaries:
-            write_atomically(folder.path / "objectives.json", json.dumps(summaries))
+    method = parts.method
+    facts = {"stop_ids": method.student.lm.stop_ids, "prompts": digest(parts.prompts)}
+    ranks.on_main(lambda: folder.create(recipe, facts, {o.name: o.summary() for o in method.student.objectives}))
     progress, asked = Progress(), recipe.resume_from_checkpoint
     found = whole_checkpoint(folder.checkpoints, asked, ranks) if asked is not None else None
     if found is not None:
@@ -315,5 +318,11 @@ def _tensors(parts: Parts) -> dict[str, torch.Tensor]:
 
 
 def _read_result(file: Path) -> Result:
-    stored = json.loads(file.read_text(encoding="utf-8"))
-    return Result(**(stored | {"evaluations": tuple(map(Evaluation.from_row, stored["evaluations"]))}))
+    stored = read_json(file)
+    try:
+        evaluations = tuple(map(Evaluation.from_row, stored.pop("evaluations")))
+        return Result(**stored, evaluations=evaluations)
+    except (KeyError, TypeError) as error:
+        raise RunFolderError(
+            f"{file} is damaged ({error}); delete it, and the run ends again from its last step"
+        ) from None

@@ -25,7 +25,7 @@ import psutil
 import torch
 
 from oprd.errors import RunFolderError
-from oprd.files import write_atomically
+from oprd.files import read_json, read_jsonl, write_atomically, writing
 from oprd.recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_yaml
 
 MAY_CHANGE = (
@@ -75,28 +75,33 @@ class RunFolder:
     def check_prompts(self, digest: str) -> None:
         """Raise RunFolderError if this run began with other prompts."""
         record = self.path / "run.json"
-        begun = json.loads(record.read_text(encoding="utf-8")).get("prompts") if record.is_file() else None
+        begun = read_json(record).get("prompts") if record.is_file() else None
         if begun not in {None, digest}:
             raise RunFolderError(
                 f"{self.path} began with other prompts: the dataset or the chat template has changed since. Bring them back, "
                 "or choose another output_dir"
             )
 
-    def create(self, recipe: Recipe, facts: Mapping[str, Any]) -> None:
-        """Write down what was asked, where it runs and some `facts`; keep the record of an earlier start."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.hold()
+    def create(self, recipe: Recipe, facts: Mapping[str, Any], summaries: Mapping[str, Any]) -> None:
+        """Write down what was asked, where it runs, some `facts`, and what objectives say of themselves; keep the record of
+        an earlier start."""
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.hold()
+        if not (self.path / "run.json").exists():
+            write_atomically(self.path / "run.json", json.dumps({**describe_machine(), **facts}, indent=2))
         if not (self.path / "recipe.yaml").exists():
             write_atomically(self.path / "recipe.yaml", recipe_to_yaml(recipe))
-            write_atomically(self.path / "run.json", json.dumps({**describe_machine(), **facts}, indent=2))
+        if any(summaries.values()):
+            kept = {name: summary for name, summary in summaries.items() if summary}
+            write_atomically(self.path / "objectives.json", json.dumps(kept))
 
     def cut_after(self, step: int) -> None:
         """Forget the lines of steps after `step`: a resumed run writes them again. A torn last line goes as well."""
         for file in (self.metrics, self.samples, self.evaluations, self.searches):
             if file.exists():
-                # lines end at newlines only: str.splitlines would cut at U+2028 and others, which are text
-                kept = [line for line in file.read_bytes().split(b"\n") if _step_of(line) <= step]
-                write_atomically(file, b"".join(line + b"\n" for line in kept).decode())
+                kept = [row for row in read_jsonl(file, "step") if row["step"] <= step]
+                write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
     def _check_same(self, recipe: Recipe, earlier: Recipe) -> None:
         free = _may_change(recipe) & _may_change(earlier)
@@ -136,8 +141,8 @@ class RunFolder:
         return lock
 
     def _holds_other_things(self) -> bool:
-        """Besides what a start leaves that came no further than its teacher's server."""
-        own = (self.teacher_cache.name, LOCK)
+        """Besides what a start leaves that came no further than its teacher's server or its own record."""
+        own = (self.teacher_cache.name, LOCK, "run.json", ".run.json.tmp", ".recipe.yaml.tmp")
         return any(not file.name.startswith(own) for file in self.path.iterdir())
 
     def _check_writable(self, needed_gib: float) -> None:
@@ -197,13 +202,6 @@ def _above(key: str) -> Iterator[str]:
     """The dotted key and every section it is in."""
     parts = key.split(".")
     return (".".join(parts[: n + 1]) for n in range(len(parts)))
-
-
-def _step_of(line: bytes) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except ValueError:  # torn
-        return float("inf")
 
 
 def _version(package: str) -> str | None:

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import GenerationConfig, PreTrainedModel
 
 from oprd.evaluate.evaluate import Evaluation
-from oprd.files import write_atomically
+from oprd.files import replacing, write_atomically
 from oprd.models.language_model import LanguageModel, is_peft
 from oprd.recipe import Recipe, recipe_to_yaml
 from oprd.train.setup import Parts
@@ -21,7 +21,7 @@ _STUDENT = "student."
 
 def save_student(parts: Parts) -> None:
     """Write weights (an adapter for a LoRA student), tokenizer, generation config and a card. Called on every rank."""
-    student, folder = parts.method.student, parts.folder.student
+    student = parts.method.student
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=is_peft(student.lm.model))
     gathered = get_model_state_dict(student.wrapper, options=options)
     if not parts.ranks.is_main:
@@ -29,13 +29,14 @@ def save_student(parts: Parts) -> None:
     lm, named = student.lm, {n.removeprefix(_STUDENT): x for n, x in gathered.items() if n.startswith(_STUDENT)}
     dtype = torch.bfloat16 if parts.recipe.bf16 and not is_peft(lm.model) else torch.float32
     lm.core.generation_config = generation_config(lm)
-    lm.model.save_pretrained(str(folder), state_dict=saved_weights(lm.core, named, dtype))
-    lm.tokenizer.save_pretrained(folder)
-    lm.core.generation_config.save_pretrained(folder)
-    if not is_peft(lm.model):  # save_pretrained wrote the dtype of the weights in training
-        config = copy.deepcopy(lm.core.config)
-        config.dtype = dtype
-        config.save_pretrained(folder)
+    with replacing(parts.folder.student) as folder:
+        lm.model.save_pretrained(str(folder), state_dict=saved_weights(lm.core, named, dtype))
+        lm.tokenizer.save_pretrained(folder)
+        lm.core.generation_config.save_pretrained(folder)
+        if not is_peft(lm.model):  # save_pretrained wrote the dtype of the weights in training
+            config = copy.deepcopy(lm.core.config)
+            config.dtype = dtype
+            config.save_pretrained(folder)
     write_card(parts, ())
 
 
