@@ -1,6 +1,7 @@
 """OPRD-Bridge end to end: fit, refuse, train, resume."""
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,6 +106,18 @@ def test_the_file_holds_every_rank_and_its_held_out_numbers(bridge):
         assert len(solution.cosine) == 128
         assert solution.cosine[7] > 0.5
         assert solution.held_out_rows < 0.2 * solution.rows
+
+
+def test_a_bridge_file_that_was_damaged_is_refused(bridge, tmp_path):
+    whole, damaged, rng = bridge.read_bytes(), tmp_path / "b.safetensors", random.Random(0)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    places = [rng.randrange(header, len(whole)) for _ in range(12)] + [rng.randrange(header) for _ in range(12)]
+    flipped = [whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :] for at in places]
+    cut = [whole[: rng.randrange(len(whole))] for _ in range(12)]
+    for content in [*flipped, *cut, b""]:
+        damaged.write_bytes(content)
+        with pytest.raises(DataError, match=r"b\.safetensors"):
+            load_bridge(damaged)
 
 
 def test_from_the_command_line_fit_train_and_the_figures_of_the_report(prompts, tmp_path):

@@ -77,8 +77,10 @@ class BridgeFile:
             for name, tensor in maps.tensors().items()
         }
         header = {name: getattr(self, name).model_dump(mode="json") for name in ("student", "teacher", "setting")}
+        header["curves"] = self.curves()
+        header["sha256"] = _digest(header, tensors)
         with replacing(path) as aside:
-            save_file(tensors, aside, metadata={"oprd_bridge": json.dumps(header | {"curves": self.curves()})})
+            save_file(tensors, aside, metadata={"oprd_bridge": json.dumps(header)})
 
     def curves(self) -> dict[str, dict[str, Any]]:
         """Held-out numbers by the student's block, as JSON."""
@@ -103,6 +105,8 @@ def load_bridge(path: Path) -> BridgeFile:
         with safe_open(path, framework="pt") as stored:
             header = json.loads((stored.metadata() or {})["oprd_bridge"])
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        if header.pop("sha256") != _digest(header, tensors):
+            raise ValueError("its checksum differs, so it was damaged since; fit again")
         student, teacher, setting = Side(**header["student"]), Side(**header["teacher"]), Setting(**header["setting"])
         solutions = {block: _solution(block, header["curves"][str(block)], tensors) for block, _ in setting.blocks}
         return BridgeFile(student=student, teacher=teacher, setting=setting, solutions=solutions)
@@ -110,6 +114,13 @@ def load_bridge(path: Path) -> BridgeFile:
         raise DataError(
             f"objective.bridge: {path} was not written by `oprd fit-bridge`, or by another version of it: {error}"
         ) from error
+
+
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _solution(block: int, curves: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Solution:
