@@ -4,6 +4,7 @@
 import contextlib
 import math
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from functools import reduce
 from operator import or_
 from typing import Any, Literal, cast, final
@@ -122,7 +123,8 @@ class Student(Model):
     def losses(self, batch: Batch, targets: Targets) -> tuple[Float[Tensor, " N"], ...]:
         """One value per supervised token and objective, with gradient."""
         train_mode(self.wrapper)
-        return self.wrapper(batch, targets)
+        with self._accelerator.autocast():  # accelerate enters it in the forward of DDP, but not in that of FSDP
+            return self.wrapper(batch, targets)
 
     @contextlib.contextmanager
     def accumulate(self, *, last: bool) -> Generator[None]:
@@ -218,6 +220,4 @@ def _whole(head: LMHead) -> LMHead:
     parts = (head.weight, head.bias)
     weight, bias = (x.full_tensor() if isinstance(x, DTensor) else x for x in parts)
     assert weight is not None
-    return LMHead(
-        weight=weight.detach(), bias=None if bias is None else bias.detach(), scale=head.scale, softcap=head.softcap
-    )
+    return replace(head, weight=weight.detach(), bias=None if bias is None else bias.detach())

@@ -83,8 +83,7 @@ def test_a_run_at_lambda_1_gives_the_weights_of_oprd_and_the_initial_student_is_
         losses[name] = read_jsonl(tmp_path / name / "metrics.jsonl")[0]["train/loss/mean"]
     for key, value in weights["oprd"].items():
         assert torch.equal(value, weights["ride-1"][key]), key
-    # the named base is loaded in bfloat16, the initial student in float32
-    assert losses["ride"] == pytest.approx(losses["ride-named"], rel=1e-2)
+    assert losses["ride"] == pytest.approx(losses["ride-named"], rel=1e-6)  # both in the teacher's float32
     assert losses["ride"] > 1.2 * losses["oprd"]
     assert any(not torch.equal(value, weights["ride"][key]) for key, value in weights["oprd"].items())
 

@@ -142,3 +142,10 @@ def test_passes_of_an_adapter_that_ranks_would_make_unevenly_are_refused_before_
     ranks.sharded = True
     with pytest.raises(ConfigError, match="another number of forward passes on each rank"):
         check(recipe, Given(), ranks, InitialStudent())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_student_of_full_weights_agrees_with_itself_before_training(bf16, tmp_path, train_file):
+    """Under bf16 the frozen copy computes as the student does."""
+    _, kl = kl_to_itself(tmp_path / "run", train_file, {"model": str(MODELS / "base")}, bf16=bf16)
+    assert float(kl().abs().max()) == 0.0

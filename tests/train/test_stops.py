@@ -11,6 +11,8 @@ from oprd.models.loading import load_frozen
 from oprd.recipe import parse_recipe
 from oprd.train.run import run_recipe
 from oprd.train.setup import setup
+from oprd.types import ALL_TOKENS, HiddenSpec, Taps
+from train.runs import rollouts_of
 
 OWN, TEACHERS = 258, 261
 """`<|system|>`, which nothing else uses here, and `<|end|>`."""
@@ -32,6 +34,10 @@ def test_the_stop_ids_of_both_end_a_completion_and_are_one_action(student, tmp_p
     assert "different tokens (<|system|><|end|>)" in " ".join(capfd.readouterr().err.split())
     assert parts.method.student.lm.stop_ids == (OWN, TEACHERS)
     assert parts.method.student.lm.head().stops == (OWN, TEACHERS)
+    last = HiddenSpec(block="last", at="predicting", tokens=ALL_TOKENS)
+    read = parts.method.student.hidden(parts.method.batch(rollouts_of(parts)), Taps(hidden=(last,), head=True))
+    assert read.head is not None
+    assert read.head.stops == (OWN, TEACHERS)
     assert parts.method.teacher.model.lm.stop_ids == (OWN, TEACHERS)
 
 

@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,14 @@ def raw_scores(hidden: Float[Tensor, "C D"], head: LMHead) -> Float[Tensor, "C V
         return out if head.bias is None else out + head.bias.to(out)
 
 
+def _beside(head: LMHead, hidden: Tensor) -> LMHead:
+    """The head where the states are, in the precision of logits, detached: cast and moved once, not for every chunk."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    weight, bias = (None if x is None else x.detach().to(hidden.device, dtype) for x in (head.weight, head.bias))
+    assert weight is not None
+    return replace(head, weight=weight, bias=bias)
+
+
 def finish(scores: Float[Tensor, "C V"], head: LMHead) -> Float[Tensor, "C V"]:
     """Scale and softcap."""
     scores = scores * head.scale if head.scale != 1.0 else scores
@@ -70,8 +78,8 @@ def chunked(
     if teacher_hidden is not None and teacher_head is not None:
         size = min(len(head.weight), len(teacher_head.weight))
         head, teacher_head = (h if len(h.weight) == size else h.first_rows(size) for h in (head, teacher_head))
-        teacher_hidden = teacher_hidden.detach()
-    call = _Call(row_function, head, teacher_hidden, teacher_head, row_arguments)
+        teacher_hidden, teacher_head = teacher_hidden.detach().to(hidden.device), _beside(teacher_head, hidden)
+    call = _Call(row_function, _beside(head, hidden), teacher_hidden, teacher_head, row_arguments)
     if not torch.is_grad_enabled():
         return call.sweep(hidden, None, (False, False, False))[0]
     return _Chunked.apply(hidden, head.weight, head.bias, call)  # type: ignore[no-any-return]
@@ -86,7 +94,7 @@ def logprobs_of(hidden: Float[Tensor, "N D"], head: LMHead, ids: Int[Tensor, " N
 @torch.no_grad()
 def statistics(row_function: RowFunction, hidden: Float[Tensor, "N D"], head: LMHead, *row_arguments: Tensor) -> Tensor:
     """`row_function` of the logits where it gives several numbers per row [C, K]: [N, K]. No gradient."""
-    size = chunk_rows(len(head.weight))
+    size, head = chunk_rows(len(head.weight)), _beside(head, hidden)
     chunks = zip(*(rows.split(size) for rows in (hidden, *row_arguments)), strict=True)
     return torch.cat([row_function(logits(h, head), None, *arguments) for h, *arguments in chunks])
 
@@ -97,6 +105,7 @@ class _Call:
 
     row_function: RowFunction
     head: LMHead
+    """In the precision of logits, in which its gradients are summed over chunks as well."""
     teacher_hidden: Tensor | None
     teacher_head: LMHead | None
     row_arguments: tuple[Tensor, ...]
@@ -105,6 +114,12 @@ class _Call:
         self, hidden: Tensor, upstream: Tensor | None, wanted: tuple[bool, ...]
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Values, and the wanted gradients of (hidden, weight, bias) given `upstream` [N], ones if None."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self._sweep(hidden, upstream, wanted)
+
+    def _sweep(
+        self, hidden: Tensor, upstream: Tensor | None, wanted: tuple[bool, ...]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         head = self.head
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         values = hidden.new_empty(len(hidden), dtype=dtype)
@@ -125,9 +140,9 @@ class _Call:
                 grad = grad * (1 - (student_logits.detach() / head.softcap).square())
             grad = grad * head.scale if head.scale != 1.0 else grad  # of the raw scores, before scale and softcap
             if grad_hidden is not None:
-                grad_hidden[rows] = grad @ head.weight.detach().to(dtype)
+                grad_hidden[rows] = grad @ head.weight
             if grad_weight is not None:
-                grad_weight.addmm_(grad.T.to(grad_weight.dtype), h.to(grad_weight.dtype))
+                grad_weight.addmm_(grad.T, h)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
         return values, grad_hidden, grad_weight, grad_bias
@@ -136,7 +151,7 @@ class _Call:
         """(values [C], student logits [C, V], a leaf with gradient if asked for)."""
         teacher_logits = None
         if self.teacher_hidden is not None and self.teacher_head is not None:
-            teacher_logits = logits(self.teacher_hidden[rows].to(h.device), self.teacher_head)
+            teacher_logits = logits(self.teacher_hidden[rows], self.teacher_head)
         student_logits = finish(raw_scores(h, self.head), self.head).detach()
         with torch.set_grad_enabled(with_grad):
             student_logits.requires_grad_(with_grad)

@@ -3,7 +3,8 @@
 import copy
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
@@ -228,10 +229,12 @@ def load_frozen(
     return FrozenModel(lm)
 
 
-def frozen_copy(lm: LanguageModel, device: torch.device) -> FrozenModel:
-    """The same weights, apart and frozen."""
+def frozen_copy(
+    lm: LanguageModel, device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]
+) -> FrozenModel:
+    """The same weights, apart and frozen, computing under `autocast` as the model does."""
     model = copy.deepcopy(lm.model).eval().requires_grad_(False).to(cast(Any, device))
-    return FrozenModel(replace(lm, model=model, name=f"{lm.name} before training"))
+    return FrozenModel(replace(lm, model=model, name=f"{lm.name} before training"), autocast)
 
 
 def check_finite(model: nn.Module, name: str) -> None:

@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from oprd.algorithm import Distillation
 from oprd.data.chat import decode
@@ -27,7 +28,7 @@ from oprd.recipe import Recipe
 from oprd.rollout.base import RolloutEngine
 from oprd.rollout.sources import SourceContext
 from oprd.student import InitialStudent, Student
-from oprd.teacher.base import TeacherContext, TeacherFacts
+from oprd.teacher.base import Teacher, TeacherContext, TeacherFacts
 from oprd.teacher.local import LocalTeacher, Reference
 from oprd.train.checkpoint import find_checkpoint
 from oprd.train.pair import Given, check_pairs, pair_rows, pair_stops, teacher_context
@@ -90,7 +91,7 @@ def setup(recipe: Recipe, given: Given | None = None) -> Parts:
     method = Distillation(
         source=source,
         teacher=teacher,
-        reference=_reference(checked, initial, ranks.device),
+        reference=_reference(checked, initial, teacher, ranks.device),
         student=student,
         ranks=ranks,
         micro_batch_tokens=recipe.micro_batch_tokens,
@@ -130,6 +131,11 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
         raise ConfigError(
             f"{launched} processes were launched, but each would train alone (accelerate sees "
             f"{accelerator.num_processes}); on a machine without a GPU set ACCELERATE_USE_CPU=true"
+    if recipe.bf16 and accelerator.distributed_type == DistributedType.FSDP and (fsdp := accelerator.state.fsdp_plugin):
+        # accelerate's own policy sums gradients and hands out log-probabilities in bfloat16
+        fsdp.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )
         )
     return accelerator
 
@@ -207,7 +213,9 @@ def _load_student(
     if recipe.student.gradient_checkpointing:
         lm.recompute_blocks()
     needed = _taps_initial(checked.objectives) or any(m.uses_initial_student for m in recipe.teacher.members.values())
-    copy = frozen_copy(lm, accelerator.device) if needed and not is_peft(model) else None
+    copy = (
+        frozen_copy(lm, accelerator.device, lambda: accelerator.autocast()) if needed and not is_peft(model) else None
+    )
     updates = recipe.max_steps * recipe.rollout.updates_per_rollout
     student = Student(lm, checked.objectives, accelerator, recipe, updates)
     if needed:
@@ -231,8 +239,9 @@ def _refuse_uneven_passes(recipe: Recipe, objectives: tuple[Objective, ...]) -> 
         )
 
 
-def _reference(checked: Checked, initial: Model, device: torch.device) -> Reference | None:
-    """The model of hidden states before training; None where no objective taps it."""
+def _reference(checked: Checked, initial: Model, teacher: Teacher, device: torch.device) -> Reference | None:
+    """The model of hidden states before training; None where no objective taps it. One by name is compared with the
+    teacher, so it computes in the teacher's precision."""
     wanted = {o.reference for o in checked.objectives if o.reference_taps.hidden}
     if not wanted:
         return None
@@ -244,7 +253,8 @@ def _reference(checked: Checked, initial: Model, device: torch.device) -> Refere
     if name is None:
         return Reference(initial)
     use = Use(taps=reduce(or_, (objective.reference_taps for objective in checked.objectives)), text=False)
-    return Reference(load_frozen(name, checked.student.tokenizer, device, dtype=torch.bfloat16, use=use))
+    dtype = teacher.model.lm.core.dtype if isinstance(teacher, LocalTeacher) else torch.bfloat16
+    return Reference(load_frozen(name, checked.student.tokenizer, device, dtype=dtype, use=use))
 
 
 def _check_validation(
