@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import reduce
 from operator import or_
 
@@ -35,6 +36,9 @@ from oprd.train.pair import Given, check_pairs, pair_rows, pair_stops, teacher_c
 from oprd.train.run_folder import RunFolder
 from oprd.types import Capability, Prompt, Taps
 from oprd.verify.pool import VerifierPool
+
+LONGEST_WAIT = timedelta(hours=3)
+"""For another rank. Torch's 10 minutes would end a run whose server is slow, or whose completions are long on one rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,17 +129,18 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=list(recipe.report_to) or None,
         project_dir=recipe.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise ConfigError(
-            f"{launched} processes were launched, but each would train alone (accelerate sees "
-            f"{accelerator.num_processes}); on a machine without a GPU set ACCELERATE_USE_CPU=true"
     if recipe.bf16 and accelerator.distributed_type == DistributedType.FSDP and (fsdp := accelerator.state.fsdp_plugin):
         # accelerate's own policy sums gradients and hands out log-probabilities in bfloat16
         fsdp.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
         )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ConfigError(
+            f"{launched} processes were launched, but each would train alone (accelerate sees "
+            f"{accelerator.num_processes}); on a machine without a GPU set ACCELERATE_USE_CPU=true"
         )
     return accelerator
 
