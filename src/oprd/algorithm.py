@@ -79,7 +79,7 @@ class Distillation:
                 ]
                 terms = zip(objectives, weighted, totals, strict=True)
                 student.backward(sum(o.weight_at(step) * x / max(total, 1e-9) for o, x, total in terms))  # type: ignore[arg-type]
-            sums += torch.stack([x.detach().double().cpu() for x in weighted])
+            sums += torch.stack([x.detach().cpu().double() for x in weighted])
         with clock.section("update"):
             norm = student.clip_gradients()
             losses_of_step = [x / max(total, 1e-9) for x, total in zip(ranks.sum(sums.tolist()), totals, strict=True)]

@@ -25,8 +25,9 @@ class Ranks:
 
     def all_gather(self, row: Sequence[float]) -> Float[Tensor, "R n"]:
         """The rows of all ranks, in float64, on the CPU."""
-        mine = torch.tensor([list(row)], dtype=torch.float64, device=self.device)
-        return cast(Tensor, self._accelerator.gather(mine)).cpu()
+        mine = torch.tensor([list(row)], dtype=torch.float64)
+        # alone, nothing is sent, and Apple's GPUs have no float64
+        return mine if self.size == 1 else cast(Tensor, self._accelerator.gather(mine.to(self.device))).cpu()
 
     def sum(self, row: Sequence[float]) -> list[float]:
         return self.all_gather(row).sum(0).tolist()

@@ -152,7 +152,7 @@ def paired_p_value(before: Sequence[float], after: Sequence[float]) -> float:
         return 1.0
     signs = torch.randint(0, 2, (SIGN_FLIPS, len(difference)), generator=torch.Generator().manual_seed(0)) * 2 - 1
     # differences of accuracies are multiples of 1/samples: a tie must count as one in spite of rounding
-    at_least = (signs.double() @ difference >= seen - 1e-12 * difference.abs().sum()).sum()
+    at_least = (signs.cpu().double() @ difference >= seen - 1e-12 * difference.abs().sum()).sum()
     return (1 + int(at_least)) / (1 + SIGN_FLIPS)
 
 
@@ -206,7 +206,7 @@ class Extrapolation:
             return None
         start = time.perf_counter()
         norm = self._delta_norm()
-        if norm == 0.0:  # a skipped update, or a warm-up that starts at zero, has no direction
+        if norm == 0.0:  # a skipped update has no direction
             self._remember()
             return None
         plain = self._snapshot()
@@ -265,7 +265,7 @@ class Extrapolation:
         squares = 0.0
         for name, weight in self._weights.items():
             delta = _local(weight).detach().cpu() - _local(self._previous[name])
-            squares += float(delta.double().square().sum())
+            squares += float(delta.cpu().double().square().sum())
         return (self._ranks.sum([squares])[0] if self._ranks.sharded else squares) ** 0.5
 
 

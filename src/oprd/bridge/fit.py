@@ -113,7 +113,7 @@ def fit(job: FitJob, *, max_rank: int, after_batch: Callable[[int], None]) -> di
     for rows in job.rows(concatenate(again)):
         for block, (student, teacher) in rows.items():
             maps = solutions[block].projections
-            cosines[block] += cosine_sums(maps.of_student(student), maps.of_teacher(teacher)).cpu()
+            cosines[block] += cosine_sums(maps.of_student(student), maps.of_teacher(teacher))
         count += len(student)
     return {block: replace(s, cosine=cosines[block] / max(1, count)) for block, s in solutions.items()}
 

@@ -53,14 +53,15 @@ class Moments:
 
     @classmethod
     def zeros(cls, s: int, t: int, device: torch.device | str = "cpu") -> Self:
-        """Moments of no rows of widths `s` (student) and `t` (teacher)."""
+        """Moments of no rows of widths `s` (student) and `t` (teacher). Apple's GPUs have no float64: theirs are on the CPU."""
+        device = "cpu" if torch.device(device).type == "mps" else device
         shapes = ((), (s,), (t,), (s, s), (s, t), (t, t))
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     @torch.no_grad()
     def add(self, student: Float[Tensor, "N S"], teacher: Float[Tensor, "N T"]) -> None:
         """Add rows in place."""
-        s, t = student.to(self.student), teacher.to(self.teacher)
+        s, t = (rows.to(self.count.device).to(self.count.dtype) for rows in (student, teacher))
         self.count.add_(len(s))
         self.student.add_(s.sum(0))
         self.teacher.add_(t.sum(0))

@@ -173,7 +173,7 @@ def auto_rank(canonical: Float[Tensor, " M"]) -> int:
 
 def cosine_sums(u: Float[Tensor, "N R"], v: Float[Tensor, "N R"]) -> Float[Tensor, " R"]:
     """Sum over rows of the cosine between the first r entries of u and v, for every r up to R."""
-    dot, uu, vv = (x.double().cumsum(-1) for x in (u * v, u * u, v * v))
+    dot, uu, vv = (x.cpu().double().cumsum(-1) for x in (u * v, u * u, v * v))
     return _ratio(dot, (uu * vv).sqrt()).sum(0)
 
 

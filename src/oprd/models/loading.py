@@ -219,8 +219,8 @@ def load_frozen(
         if not (use.taps.head or use.text):
             _drop_head(loaded)
         loaded = loaded if quantization is not None else loaded.to(device)
-    else:
-        loaded = model
+    else:  # one that Accelerate has spread over devices stays there
+        loaded = model if getattr(model, "hf_device_map", None) else cast(Any, model).to(device)
     check_finite(loaded, name)
     without_router_losses(loaded)
     frozen = loaded.eval().requires_grad_(False)

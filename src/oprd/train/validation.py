@@ -79,7 +79,7 @@ def _minus_objective(parts: Parts, written: Rollouts, step: int) -> list[tuple[i
             for i, (values, shares) in enumerate(zip(loss.split(counts), weights.split(counts), strict=True)):
                 so_far, kept = totals[i], values[shares > 0]
                 if so_far is not None:
-                    mean = float(kept.double().mean()) if len(kept) else None
+                    mean = float(kept.cpu().double().mean()) if len(kept) else None
                     totals[i] = None if mean is None else so_far - objective.weight_at(step) * mean
         rows += [(prompt.row, total) for prompt, total in zip(micro.prompts, totals, strict=True)]
     for objective in objectives:
