@@ -23,7 +23,7 @@ from oprd.train.checkpoint import load_weights
 from oprd.train.interrupt import Interrupt
 from oprd.train.run import run_recipe
 from oprd.train.run_folder import RunFolder
-from train.runs import assert_equal_runs, metrics, saved_student
+from train.runs import assert_equal_runs, assert_same_weights, metrics, saved_student
 
 
 @pytest.fixture(scope="module")
@@ -260,3 +260,22 @@ def test_a_resume_with_other_prompts_is_refused(tree, tmp_path):
     data.write_text(data.read_text().replace("+", "-", 1))
     with pytest.raises(RunFolderError, match="began with other prompts"):
         run_recipe(parse_recipe(recipe | {"resume_from_checkpoint": "latest"}))
+
+
+def test_a_finished_run_goes_on_for_more_steps_where_the_learning_rate_is_constant(tmp_path, train_file):
+    options = {"lr_scheduler_type": "constant", "max_steps": 2}
+    whole = miniature_recipe(tmp_path / "whole", train_file, **options)
+    run_recipe(parse_recipe(whole | {"max_steps": 3}))
+    part = whole | {"output_dir": str(tmp_path / "part")}
+    run_recipe(parse_recipe(part))
+    run_recipe(parse_recipe(part | {"max_steps": 3, "resume_from_checkpoint": "latest"}))
+    assert metrics(tmp_path / "part") == metrics(tmp_path / "whole")
+    assert_same_weights(saved_student(tmp_path / "part"), saved_student(tmp_path / "whole"), atol=0.0)
+
+
+def test_more_steps_are_refused_where_they_would_change_the_learning_rate(tree):
+    changed = tree | {"max_steps": 8, "resume_from_checkpoint": "latest"}
+    with pytest.raises(
+        RunFolderError, match="max_steps: 6 then, 8 now; the learning rate of every step depends on max_steps"
+    ):
+        run_recipe(parse_recipe(changed))

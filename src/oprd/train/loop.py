@@ -66,7 +66,7 @@ def train(parts: Parts) -> Result:
     user asked to stop.
     """
     recipe, ranks, done = parts.recipe, parts.ranks, parts.folder.path / "result.json"
-    if recipe.resume_from_checkpoint is not None and done.is_file():
+    if recipe.resume_from_checkpoint is not None and done.is_file() and _read_result(done).steps >= recipe.max_steps:
         console.print(f"{parts.folder.path} is finished already; nothing to do.")
         return _read_result(done)
     with contextlib.ExitStack() as stack:

@@ -109,6 +109,8 @@ class RunFolder:
         changed = [key for key in {**then, **now} if now.get(key) != then.get(key) and not free & set(_above(key))]
         if changed:
             detail = "; ".join(f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in changed)
+            if "max_steps" in changed:
+                detail += "; the learning rate of every step depends on max_steps unless lr_scheduler_type is constant"
             raise RunFolderError(
                 f"{self.path} holds a run of another recipe ({detail}). Resume it with its own "
                 f"{self.path / 'recipe.yaml'}, or choose another output_dir"
@@ -181,8 +183,8 @@ def describe_machine() -> dict[str, Any]:
 
 def _may_change(recipe: Recipe) -> set[str]:
     """Dotted keys, those of its teachers included."""
-    members = recipe.teacher.members
-    return {*MAY_CHANGE}.union(
+    members, steps = recipe.teacher.members, ["max_steps"] if recipe.lr_scheduler_type == "constant" else []
+    return {*MAY_CHANGE, *steps}.union(
         f"teacher.teachers.{name}.{key}" if name else f"teacher.{key}"
         for name, config in members.items()
         for key in config.MAY_CHANGE
