@@ -79,7 +79,7 @@ def miniature_recipe(output_dir: Path | str, train_file: Path, **changes: Any) -
         "prompts_per_step": 4,
         "max_steps": 4,
         "learning_rate": 1e-3,
-        "warmup_ratio": 0.0,  # transformers' warm-up starts at zero
+        "warmup_ratio": 0.0,
         "health_tokens": 64,
         "save_steps": 2,
         "output_dir": str(output_dir),

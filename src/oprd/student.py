@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from oprd.models.language_model import FrozenModel, LanguageModel, Model, evaluating, train_mode
@@ -66,7 +67,7 @@ class OptimizerSection(Section):
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     """Shape of the learning rate over the run."""
     warmup_ratio: Share = 0.03
-    """Share of the updates over which the learning rate rises from 0."""
+    """Share of the updates over which the learning rate rises to its peak, in equal steps from above 0."""
     weight_decay: NonNegativeFloat = 0.0
     """AdamW's, of every trained tensor."""
     adam_epsilon: PositiveFloat = 1e-8
@@ -109,12 +110,14 @@ class Student(Model):
                 register_fsdp_forward_method(self.wrapper, method)
         self._inner = cast(DistillModel, accelerator.unwrap_model(self.wrapper, keep_torch_compile=False))
         self.optimizer: torch.optim.Optimizer = prepared.optimizer
-        self.scheduler = get_scheduler(
+        rates = get_scheduler(
             settings.lr_scheduler_type,
             self.optimizer,
-            num_warmup_steps=math.ceil(settings.warmup_ratio * updates),
-            num_training_steps=updates,
+            num_warmup_steps=math.ceil(settings.warmup_ratio * updates) + 1,
+            num_training_steps=updates + 1,
         )
+        # transformers' warm-up starts at 0, at which an update does nothing: the first one here is its second
+        self.scheduler = LambdaLR(self.optimizer, lambda done: cast(LambdaLR, rates).lr_lambdas[0](done + 1))
 
     @property
     def learning_rate(self) -> float:

@@ -163,3 +163,22 @@ def test_a_step_makes_its_updates_and_resumes_exactly(objective, tmp_path, train
     monkeypatch.setattr(loop, "_save", real)
     run_recipe(parse_recipe(tree | {"output_dir": str(tmp_path / "run"), "resume_from_checkpoint": "latest"}))
     assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant_with_warmup"])
+def test_warm_up_rises_from_above_zero_to_the_peak(kind, tmp_path, train_file):
+    """3 of 10 updates: a quarter, a half and three quarters of the peak, then the schedule as without a warm-up."""
+    options = {"lr_scheduler_type": kind, "warmup_ratio": 0.3, "max_steps": 10, "learning_rate": 8e-3}
+    student = setup(parse_recipe(miniature_recipe(tmp_path / "run", train_file, **options))).method.student
+    rates = []
+    for _ in range(10):
+        rates.append(student.learning_rate)
+        student.optimizer_step()
+    assert rates[:4] == pytest.approx([2e-3, 4e-3, 6e-3, 8e-3])
+    left = [i / 7 for i in range(7)]  # shares of what is behind the warm-up
+    wanted = {
+        "cosine": [4e-3 * (1 + math.cos(math.pi * share)) for share in left],
+        "linear": [8e-3 * (1 - share) for share in left],
+        "constant_with_warmup": [8e-3] * 7,
+    }
+    assert rates[3:] == pytest.approx(wanted[kind])
