@@ -61,19 +61,20 @@ def ranks(tmp_path_factory, train_file):
     (folder / "recipe.json").write_text(json.dumps(tree))
     (folder / "worker.py").write_text(WORKER)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    process = subprocess.Popen(
-        [*launcher, str(folder / "worker.py"), str(folder / "recipe.json")],
-        stdout=subprocess.DEVNULL,
-        stderr=(folder / "errors.txt").open("w"),
-        start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-    )
-    try:
-        process.wait(timeout=300)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with (folder / "errors.txt").open("w") as errors:
+        process = subprocess.Popen(
+            [*launcher, str(folder / "worker.py"), str(folder / "recipe.json")],
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        )
+        try:
+            process.wait(timeout=800)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     assert process.returncode == 0, (folder / "errors.txt").read_text()[-4000:]
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
