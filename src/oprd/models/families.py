@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForImageTextToText,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 from oprd.errors import ModelError
 
@@ -44,6 +45,12 @@ NOT_SUPPORTED = {
     "minimax": _WRITES_WRONG, "recurrent_gemma": _WRITES_WRONG, "rwkv": _WRITES_WRONG,
 }  # fmt: skip
 """Model type -> why it is refused before it is loaded."""
+
+KERNEL_READS_OUT_PROJ = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
+"""Model types whose Mamba kernel reads the weight of `out_proj` past its module, which an adapter would not change."""
+
+ROUTER_MARK = "Router"
+"""Part of the class name of linear layers that choose experts and give more than one tensor."""
 
 NORM_MARK = "Norm"
 """Part of every normalisation layer's class name: RMSNorm, LayerNorm1P, RMSNormGated."""
@@ -110,6 +117,26 @@ def find_blocks(backbone: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """Path and list of the transformer blocks: the first non-empty ModuleList, whatever the family calls it."""
     found = ((path, m) for path, m in backbone.named_modules() if isinstance(m, nn.ModuleList) and len(m))
     return next(found, None)
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """Names of the text decoder's linear layers that can be adapted."""
+    inside = {id(module) for module in find_decoder(model).modules()}
+    fixed = "out_proj" if model.config.model_type in KERNEL_READS_OUT_PROJ else None
+    return [
+        name
+        for name, module in model.named_modules()
+        if id(module) in inside
+        and isinstance(module, nn.Linear | Conv1D)
+        and ROUTER_MARK not in type(module).__name__
+        and name.rpartition(".")[2] != fixed
+    ]
+
+
+def stacked_weights(model: PreTrainedModel) -> list[str]:
+    """Names of the text decoder's 3-dimensional weights, one matrix per expert or head, which are no linear layers."""
+    inside = {id(p) for m in find_decoder(model).modules() if not isinstance(m, nn.Conv1d) for p in m.parameters(False)}
+    return [name for name, p in model.named_parameters() if id(p) in inside and p.dim() == 3 and min(p.shape) > 1]
 
 
 def starts_with_block_1(config: Any) -> bool:

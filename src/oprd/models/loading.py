@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -24,9 +25,10 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from oprd.data.chat import decode, render, stop_ids
 from oprd.errors import ConfigError, ModelError
-from oprd.models.families import auto_class, refuse_family, without_router_losses
+from oprd.models.families import auto_class, linear_layers, refuse_family, stacked_weights, without_router_losses
 from oprd.models.language_model import CausalLM, FrozenModel, LanguageModel, is_peft
 from oprd.models.probe import EVERYTHING, Use, check_family
+from oprd.progress import console
 from oprd.section import Field, Listed, PositiveInt, Section
 from oprd.seeds import derive_seed
 from oprd.types import Capability, Message
@@ -50,7 +52,8 @@ class LoraSection(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of the adapter's input, in training."""
     target_modules: Literal["all-linear"] | Listed[str] = "all-linear"
-    """Names of the layers that get an adapter."""
+    """Names of the layers that get an adapter, also of 3-dimensional expert weights such as `experts.gate_up_proj`. all-linear:
+    every linear layer of the text decoder but routers; experts that are one 3-dimensional weight are left out, and named."""
 
 
 class StudentConfig(Section):
@@ -277,10 +280,22 @@ def _drop_head(model: PreTrainedModel) -> None:
 
 
 def _add_lora(model: PreTrainedModel, config: LoraSection, seed: int) -> PeftModel:
-    targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    stacked = stacked_weights(model)
+    if config.target_modules == "all-linear":
+        targets, experts = linear_layers(model), list[str]()
+        if stacked:
+            kinds = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in stacked})
+            console.print(
+                f"LoRA leaves out {', '.join(kinds)}, which are no linear layers; name them in student.lora.target_modules "
+                "beside the layers that you want adapted."
+            )
+    else:
+        experts = [t for t in config.target_modules if any(f".{name}".endswith(f".{t}") for name in stacked)]
+        targets = [t for t in config.target_modules if t not in experts]
     peft_config = LoraConfig(
-        r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, task_type="CAUSAL_LM"
-    )
+        r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets,
+        target_parameters=experts or None, task_type="CAUSAL_LM",
+    )  # fmt: skip
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "lora"))

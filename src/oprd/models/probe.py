@@ -79,9 +79,8 @@ def freeze_unreached(lm: LanguageModel, taps: Taps) -> None:
 
 
 def _kind(name: str) -> str:
-    """The name of a parameter with `*` for numbers behind the block's: those of experts."""
-    head, number, tail = re.split(r"(\.\d+\.|$)", name, maxsplit=1)
-    return head + number + re.sub(r"(?<=\.)\d+(?=\.)", "*", tail)
+    """The name of a parameter, one for all experts of a layer."""
+    return re.sub(r"experts\.\d+\.", "experts.", name)
 
 
 def _leaves(tensors: Sequence[Tensor]) -> set[int]:
