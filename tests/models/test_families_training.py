@@ -12,7 +12,7 @@ from oprd.models.loading import ModelFacts
 from oprd.objectives.opd import OPD
 from oprd.objectives.oprd import OPRD
 from oprd.student import DistillModel
-from oprd.types import Batch, Targets
+from oprd.types import Batch, HiddenSpec, Taps, Targets, TokenSelection
 
 SUPPORTED = [name for name in FAMILIES if name not in {*BY_NAME, *BY_PROBE}]
 FAST = {"llama", "gemma3", "gemma4_text", "mixtral", "gpt2_dropout", "phimoe", "qwen3_5_text", "falcon_h1"}
@@ -112,3 +112,29 @@ def test_an_adapters_dropout_acts_in_training_and_the_models_own_does_not():
             module.p = 0.0
     once, again = (losses_of(noisy, teacher, batch_of()) for _ in range(2))
     assert torch.equal(once, again)
+
+
+@pytest.mark.parametrize("family", ["phi3_longrope", "llama_dynamic_rope"])
+def test_within_its_context_a_row_is_read_alike_beside_longer_ones(family):
+    lm = lm_of(family)
+    assert ModelFacts.read(lm.model, TOKENIZER).context == 32
+    spec = HiddenSpec(block="last", at="token", tokens=TokenSelection())
+
+    def states(*lengths):
+        ids, mask = torch.zeros(len(lengths), max(lengths), dtype=torch.long), torch.zeros(len(lengths), max(lengths))
+        for row, length in enumerate(lengths):
+            ids[row, :length], mask[row, :length] = torch.arange(30, 30 + length), 1
+        completions = tuple(length - 2 for length in lengths)
+        batch = Batch(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            prompt_lengths=(2,) * len(lengths),
+            completion_lengths=completions,
+        )
+        with torch.no_grad():
+            return lm.tap(batch, Taps(hidden=(spec,))).hidden[spec]
+
+    torch.testing.assert_close(states(12, 32)[:10], states(12), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(states(12, 33)[:10], states(12), rtol=1e-4, atol=1e-2), (
+        "beyond it, the longest row decides"
+    )

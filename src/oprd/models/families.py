@@ -119,6 +119,19 @@ def find_blocks(backbone: nn.Module) -> tuple[str, nn.ModuleList] | None:
     return next(found, None)
 
 
+def context_of(config: Any) -> int:
+    """Most tokens of a row. Behind the length of pretraining, longrope reads every row of a batch by other frequencies as
+    soon as one is longer, so that a row's states would depend on what it is read beside."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    lengths = [
+        one["original_max_position_embeddings"]
+        for one in (rope, *rope.values())
+        if isinstance(one, dict) and one.get("rope_type") == "longrope"
+    ]
+    return min([getattr(text, "max_position_embeddings", None) or 2**31, *lengths])
+
+
 def linear_layers(model: PreTrainedModel) -> list[str]:
     """Names of the text decoder's linear layers that can be adapted."""
     inside = {id(module) for module in find_decoder(model).modules()}

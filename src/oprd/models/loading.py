@@ -25,7 +25,14 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from oprd.data.chat import decode, render, stop_ids
 from oprd.errors import ConfigError, ModelError
-from oprd.models.families import auto_class, linear_layers, refuse_family, stacked_weights, without_router_losses
+from oprd.models.families import (
+    auto_class,
+    context_of,
+    linear_layers,
+    refuse_family,
+    stacked_weights,
+    without_router_losses,
+)
 from oprd.models.language_model import CausalLM, FrozenModel, LanguageModel, is_peft
 from oprd.models.probe import EVERYTHING, Use, check_family
 from oprd.progress import console
@@ -79,7 +86,7 @@ class ModelFacts:
     vocabulary: int
     """Rows of the embedding, padding included."""
     context: int
-    """Tokens."""
+    """Tokens; under longrope, those of pretraining."""
     parameters: int
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
@@ -114,7 +121,7 @@ class ModelFacts:
             blocks=text.num_hidden_layers,
             width=text.hidden_size,
             vocabulary=text.vocab_size,
-            context=getattr(text, "max_position_embeddings", None) or 2**31,
+            context=context_of(config),
             parameters=sum(parameter.numel() for parameter in empty.parameters()),
             tokenizer=tokenizer,
             stop_ids=stops,
