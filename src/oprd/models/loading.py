@@ -287,20 +287,17 @@ def _drop_head(model: PreTrainedModel) -> None:
 
 
 def _add_lora(model: PreTrainedModel, config: LoraSection, seed: int) -> PeftModel:
-    stacked = stacked_weights(model)
-    if config.target_modules == "all-linear":
-        targets, experts = linear_layers(model), list[str]()
-        if stacked:
-            kinds = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in stacked})
-            console.print(
-                f"LoRA leaves out {', '.join(kinds)}, which are no linear layers; name them in student.lora.target_modules "
-                "beside the layers that you want adapted."
-            )
-    else:
-        experts = [t for t in config.target_modules if any(f".{name}".endswith(f".{t}") for name in stacked)]
-        targets = [t for t in config.target_modules if t not in experts]
+    stacked, every = stacked_weights(model), config.target_modules == "all-linear"
+    targets = linear_layers(model) if every else list(config.target_modules)
+    experts = [t for t in targets if any(f".{name}".endswith(f".{t}") for name in stacked)]
+    if stacked and every:
+        kinds = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in stacked})
+        console.print(
+            f"LoRA leaves out {', '.join(kinds)}, which are no linear layers; name them in student.lora.target_modules "
+            "beside the layers that you want adapted."
+        )
     peft_config = LoraConfig(
-        r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets,
+        r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=[t for t in targets if t not in experts],
         target_parameters=experts or None, task_type="CAUSAL_LM",
     )  # fmt: skip
     try:
