@@ -6,14 +6,16 @@ import os
 import sys
 from collections import Counter
 
+import datasets
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import MODELS, ROOT, miniature_recipe
+from conftest import MODELS, ROOT, load_miniature, miniature_recipe
 from oprd.cli import main
-from oprd.errors import ConfigError, OprdError
+from oprd.data.prompts import DataConfig, load_prompts
+from oprd.errors import ConfigError, DataError, OprdError
 from oprd.files import read_yaml
 from oprd.recipe import load_recipe, parse_recipe, recipe_to_yaml
 
@@ -218,3 +220,126 @@ def test_odd_options_end_with_a_message_and_write_nothing(arguments, code, tmp_p
     assert got == code, err
     assert err.strip()
     assert [path.name for path in tmp_path.iterdir()] == ["d.jsonl"]
+
+
+SPECIAL = [
+    "\u2028",
+    "\u2029",
+    "\x85",
+    "\r",
+    "\ufeff",
+    "\\ud800",
+    "\\u0000",
+    "{",
+    "}",
+    "[",
+    ",",
+    ":",
+    '"',
+    "9" * 5000,
+    "NaN",
+    "1e999",
+    "null",
+    "true",
+]
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["", "007", 1e5, 10**400]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5,
+)
+names = st.sampled_from(
+    ["problem", "prompt", "question", "messages", "completion", "answer", "teacher", "tools", "x.y"]
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_miniature("base").tokenizer
+
+
+def check_data(kind, path, tokenizer, expected=None):
+    """Read as prompts, or refused by the name of the file."""
+    try:
+        prompts = load_prompts(DataConfig(prompts=str(path)), tokenizer, context=512, room=64)
+    except DataError as error:
+        return refused(kind, error, path)
+    assert prompts
+    for prompt in prompts:
+        assert prompt.token_ids
+        repr(prompt.answer).encode()
+        json.dumps([turn.content for turn in prompt.messages] + [prompt.answer], ensure_ascii=False).encode()
+    if expected is not None:
+        assert [prompt.messages[-1].content for prompt in prompts] == expected
+    TALLY[f"{kind} right"] += 1
+    return None
+
+
+@cases(100)
+@given(st.data())
+def test_a_dataset_of_odd_rows_is_read_or_refused(tmp_path_factory, tokenizer, data):
+    path = tmp_path_factory.getbasetemp() / "d.jsonl"
+    rows = data.draw(st.lists(st.dictionaries(names, values, max_size=4), max_size=3))
+    rows = [data.draw(st.sampled_from([row, {"problem": "1+1"} | row, row | {"problem": "1+1"}])) for row in rows]
+    lines = [json.dumps(row, ensure_ascii=data.draw(st.booleans())) for row in rows]
+    if data.draw(st.integers(0, 2)) == 0 and lines:
+        i, new = data.draw(st.integers(0, len(lines) - 1)), data.draw(st.sampled_from(SPECIAL))
+        at = data.draw(st.integers(0, len(lines[i])))
+        lines[i] = lines[i][:at] + new + lines[i][at:]
+    text = data.draw(st.sampled_from(["\n", "\r\n", "\n\n"])).join(lines)
+    encoding = data.draw(st.sampled_from(["utf-8"] * 6 + ["utf-8-sig", "utf-16", "latin-1"]))
+    path.write_bytes(
+        text.encode(
+            encoding,
+            errors=data.draw(st.sampled_from(["replace", "surrogatepass"])) if encoding != "latin-1" else "replace",
+        )
+    )
+    check_data("dataset jsonl", path, tokenizer)
+
+
+@cases(60)
+@given(st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=4), st.sampled_from(["jsonl", "csv", "parquet"]))
+def test_every_character_of_a_text_is_kept(tmp_path_factory, tokenizer, texts, kind):
+    path = tmp_path_factory.getbasetemp() / f"kept.{kind}"
+    texts = [f"{text}\u2028?" for text in texts if not {"\0", "\r"} & {*text}] or ["a\u2028b\x85c"]
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]
+    frame = datasets.Dataset.from_dict({"problem": texts}).to_pandas()
+    if kind == "jsonl":
+        path.write_text(
+            "".join(json.dumps({"problem": text}, ensure_ascii=False) + "\n" for text in texts), newline="\n"
+        )
+    elif kind == "csv":
+        frame.to_csv(path, index=False)
+    else:
+        frame.to_parquet(path)
+    check_data(f"texts {kind}", path, tokenizer, expected=texts)
+
+
+@cases(60)
+@given(st.binary(max_size=60), st.sampled_from(["csv", "parquet", "jsonl"]), st.integers(0, 10**6), st.booleans())
+def test_broken_files_are_read_or_refused(tmp_path_factory, tokenizer, junk, kind, at, cut):
+    path = tmp_path_factory.getbasetemp() / f"broken.{kind}"
+    frame = datasets.Dataset.from_dict({"problem": ["1+1", 'say "x", y'], "answer": ["2", "007"]}).to_pandas()
+    frame.to_csv(path, index=False) if kind == "csv" else frame.to_parquet(path)
+    if kind == "jsonl":
+        path.write_text('{"problem": "1+1", "answer": "2"}\n{"problem": "2+2"}\n')
+    whole = path.read_bytes()
+    at %= len(whole) + 1
+    path.write_bytes(whole[:at] + junk + (b"" if cut else whole[at + len(junk) :]))
+    check_data(f"broken {kind}", path, tokenizer)
+
+
+def test_rows_that_no_parser_takes_are_refused_with_their_line(tmp_path, tokenizer):
+    for line, reason in (
+        ('{"problem": "1+1", "x": ' + "[" * 30_000 + "]" * 30_000 + "}", "nested too deeply"),
+        ('{"problem": "\\ud800"}', "half of a surrogate pair"),
+        ('{"problem": 5}', "must be non-empty text, got '5'"),
+        ('{"problem": "1+1", "answer": {"a": 1}}', "an answer must be text, a number or a list of these"),
+    ):
+        (tmp_path / "d.jsonl").write_text('{"problem": "1+1"}\n\n' + line + "\n")
+        with pytest.raises(DataError, match=f"d.jsonl:3: .*{reason}"):
+            load_prompts(DataConfig(prompts=str(tmp_path / "d.jsonl")), tokenizer, context=512, room=64)

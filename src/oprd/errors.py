@@ -13,6 +13,10 @@ class DataError(OprdError):
     """A dataset is missing, empty or malformed."""
 
 
+class OverlongPrompt(DataError):
+    """A prompt leaves no room for a completion."""
+
+
 class ModelError(OprdError):
     """A model or tokenizer cannot be used as asked."""
 

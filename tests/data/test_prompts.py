@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from conftest import load_miniature
 from oprd.data.chat import end_of_turn, fill, render, stop_ids, with_prompt
-from oprd.data.prompts import DataConfig, PromptSampler, load_prompts
+from oprd.data.prompts import DataConfig, Prompts, PromptSampler, load_prompts
 from oprd.errors import DataError
 from oprd.types import Message
 
@@ -146,3 +146,63 @@ def test_an_epoch_uses_every_prompt_once_and_ranks_share_the_step(tmp_path, toke
     assert rows(0) == rows(0)
     assert rows(0) != rows(0, seed=1)
     assert sorted(rows(1, 0, 2) + rows(1, 1, 2)) == sorted(rows(1))
+
+
+def write_rows(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("spelling", "answer"),
+    [
+        ("1e5", "1e5"), ("0.00025", "0.00025"), ("0.10", "0.10"), ('"007"', "007"), ("true", "true"), ("null", None), ("NaN", None),
+        ("9" * 5000, "9" * 5000), ('["3", 5]', "3, 5"), ("[42]", "42"), ("[]", None), ("12345678901234567", "12345678901234567"),
+    ],
+    ids=lambda value: str(value)[:12],
+)  # fmt: skip
+def test_an_answer_keeps_its_spelling(spelling, answer, tmp_path, tokenizer):
+    (prompt,) = load(write_rows(tmp_path / "d.jsonl", [f'{{"problem": "1+2", "answer": {spelling}}}']), tokenizer)
+    assert prompt.answer == answer
+
+
+def test_answers_of_csv_and_parquet_keep_their_spelling(tmp_path, tokenizer):
+    (tmp_path / "d.csv").write_text("problem,answer,other\n1+2,007,x\n2+2,1e5,\n3+3,,NA\n", encoding="utf-8-sig")
+    prompts = load(tmp_path / "d.csv", tokenizer)
+    assert [p.answer for p in prompts] == ["007", "1e5", None]
+    assert prompts[2].columns["other"] == "NA"
+    rows = [{"problem": "1+2", "answer": value} for value in (1e-5, 1e23, 42.0, float("nan"))]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
+    assert [p.answer for p in load(tmp_path / "d.parquet", tokenizer)] == ["0.00001", "1" + "0" * 23, "42", None]
+
+
+def test_prompts_that_do_not_fit_are_dropped_and_counted_where_asked(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "d.jsonl", [{"problem": text} for text in ("1+1", "1+" * 200 + "1", "2+2")])
+    with pytest.raises(DataError, match=r"d.jsonl:2: the prompt has 404 tokens"):
+        load(path, tokenizer)
+    prompts = Prompts(DataConfig(prompts=str(path), drop_overlong=True), tokenizer, context=256, room=64)
+    assert [(p.row, p.messages[0].content) for p in prompts] == [(0, "1+1"), (2, "2+2")]
+    assert prompts.notes == [f"{path}: 1 of 3 prompts leave no room for a completion and are dropped"]
+
+
+def test_equal_prompts_are_used_once_where_asked(tmp_path, tokenizer):
+    rows = [{"problem": text, "id": i} for i, text in enumerate(("1+1", "2+2", "1+1", "1+1", "3+3"))]
+    path = write_rows(tmp_path / "d.jsonl", rows)
+    prompts = Prompts(DataConfig(prompts=str(path), deduplicate=True), tokenizer, context=256, room=64)
+    assert [p.row for p in prompts] == [0, 1, 4]
+    assert prompts.notes == [f"{path}: 3 different prompts in 5 rows"]
+    assert len(load(path, tokenizer)) == 5
+
+
+def test_only_the_rows_in_use_are_read_and_any_change_of_the_file_is_noticed(tmp_path, tokenizer):
+    good = [{"problem": f"{i}+1"} for i in range(3000)]
+    path = write_rows(tmp_path / "d.jsonl", [*good[:-1], "not json"])
+    prompts = Prompts(DataConfig(prompts=str(path)), tokenizer, context=256, room=64)
+    assert [p.row for p in prompts.prepare([7, 3])] == [3, 7]
+    with pytest.raises(DataError, match=r"d.jsonl:3000: not JSON"):
+        prompts[2999]
+    digests = set()
+    for changed in (good, [*good[:-1], {"problem": "2"}], good[:-1]):
+        write_rows(path, changed)
+        digests.add(Prompts(DataConfig(prompts=str(path)), tokenizer, context=256, room=64).digest(seed=0))
+    assert len(digests) == 3

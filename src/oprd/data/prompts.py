@@ -1,29 +1,30 @@
 """Datasets of prompts: read, checked row by row, rendered for the student; and the order in which they are used."""
 
+import contextlib
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import islice
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from oprd.data.chat import fill, render, with_prompt
-from oprd.errors import DataError
+from oprd.data.rows import Row, TableRows, open_rows, spelled
+from oprd.errors import DataError, OverlongPrompt
+from oprd.progress import console, progress_bar
 from oprd.section import OwnPrompt, PositiveInt
 from oprd.types import Message, Prompt
 
 TEXT_COLUMNS = ("prompt", "problem", "question")
 UNUSABLE = ("tools", "images", "image", "videos", "audio")
 """Columns that change what a conversation means to a model."""
-Row = Mapping[str, Any]
-Rows = Iterator[tuple[str, Row]]
-"""(where, row): file and line for error messages, and the columns."""
+MANY = 10_000
+"""Prompts that are read and checked before a run even if it uses fewer; from here on a bar is shown."""
+DIGESTED = 1024
+"""Prompts whose text a run remembers."""
 
 
 class RowsSection(OwnPrompt):
@@ -45,109 +46,147 @@ class DataConfig(RowsSection):
     """Split of a Hub dataset."""
     answer: str = "answer"
     """Column of the reference answer; `a.b` is field b of the nested column a."""
+    drop_overlong: bool = False
+    """Drop prompts that leave no room for a completion in the context, and say how many; false: refuse them."""
+    deduplicate: bool = False
+    """Use the first of equal prompts alone."""
 
 
 def load_prompts(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, context: int, room: int, given: Dataset | None = None
 ) -> tuple[Prompt, ...]:
-    """Every prompt of the dataset, in the model's chat template and tokens. `given` replaces reading by name.
+    """Every prompt of the dataset at once. Raises DataError as `Prompts` does."""
+    prompts = Prompts(config, tokenizer, context=context, room=room, given=given)
+    for note in prompts.notes:
+        console.print(note)
+    return prompts.prepare()
 
-    `context` is the model's context length, `room` the part that completions may take, in tokens. Raises DataError, with
-    file and line, for a malformed row, an empty dataset, or a prompt that does not leave that room.
+
+class Prompts(Sequence[Prompt]):
+    """The prompts of a dataset, in the model's chat template and tokens, each made when it is first used.
+
+    `context` is the model's context length, `room` the part that completions may take, in tokens. `given` replaces reading
+    by name, `view` adds what the teacher sees. Raises DataError, with file and line, for a malformed row, an empty dataset,
+    or a prompt that does not leave that room.
     """
-    rows = _rows_of(given) if given is not None else _read_rows(config.prompts, config.split)
-    prompts = []
-    for number, (where, row) in enumerate(islice(rows, config.limit)):
+
+    def __init__(
+        self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, context: int, room: int,
+        given: Dataset | None = None, view: Callable[[Prompt], Prompt] = lambda prompt: prompt,
+    ) -> None:  # fmt: skip
+        self._config, self._tokenizer, self._room, self._view = config, tokenizer, context - room, view
+        self._rows = TableRows(given) if given is not None else open_rows(config.prompts, config.split)
+        self._made: dict[int, Prompt] = {}
+        self.notes: list[str] = []
+        total = len(self._rows) if config.limit is None else min(config.limit, len(self._rows))
+        self._kept: Sequence[int] = range(total)
+        if config.deduplicate:
+            self._kept = self._first_of_equals(self._kept)
+        if config.drop_overlong:
+            self._kept = self._fitting(self._kept)
+        if not self._kept:
+            raise DataError(
+                f"{config.prompts}: the dataset is empty" + (", or every prompt is too long" if total else "")
+            )
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(len(self))[index])
+        row = self._kept[index]
+        if row not in self._made:
+            self._made[row] = self._make(row)
+        return self._made[row]
+
+    def prepare(self, indices: Iterable[int] | None = None) -> tuple[Prompt, ...]:
+        """The prompts at `indices`, in the order of the dataset; all without. What is wrong with one is found here."""
+        chosen = range(len(self)) if indices is None else sorted(set(indices))
+        with progress_bar("read prompts", len(chosen), shown=len(chosen) >= MANY) as bar:
+            prompts = tuple(self[i] for i in chosen if not bar.advance(1))
+        if self._config.answer != "answer" and all(prompt.answer is None for prompt in prompts):
+            raise DataError(
+                f"data.answer is {self._config.answer!r}, which no row of {self._config.prompts} has; correct the name, "
+                "or drop it"
+            )
+        return prompts
+
+    def digest(self, seed: int) -> str:
+        """Hash that tells the dataset from another one: of its file, and of what student and teacher read of the first prompts
+        of a run with this seed and of their answers."""
+        found = hashlib.sha256(f"{self._rows.digest} {len(self)}".encode())
+        for i in in_order(range(min(DIGESTED, len(self))), len(self), seed):
+            p = self[i]
+            found.update(repr((p.token_ids, p.teacher_messages, p.answer, p.teacher, p.completion)).encode())
+        return found.hexdigest()
+
+    def _make(self, row: int) -> Prompt:
         try:
-            prompts.append(_prompt(number, row, config, tokenizer, context - room))
+            return self._view(_prompt(row, self._rows[row], self._config, self._tokenizer, self._room))
+        except OverlongPrompt as error:
+            raise OverlongPrompt(f"{self._rows.where(row)}: {error}") from None
         except DataError as error:
-            raise DataError(f"{where}: {error}") from None
-    if not prompts:
-        raise DataError(f"{config.prompts}: the dataset is empty")
-    if config.answer != "answer" and all(prompt.answer is None for prompt in prompts):
-        raise DataError(
-            f"data.answer is {config.answer!r}, which no row of {config.prompts} has; correct the name, or drop it"
+            raise DataError(f"{self._rows.where(row)}: {error}") from None
+
+    def _first_of_equals(self, rows: Sequence[int]) -> Sequence[int]:
+        found: dict[bytes, int] = {}
+        for row in rows:
+            columns = self._rows[row]
+            shown = [columns.get(name) for name in ("messages", *TEXT_COLUMNS)]
+            found.setdefault(hashlib.blake2b(repr(shown).encode(), digest_size=16).digest(), row)
+        self.notes.append(f"{self._config.prompts}: {len(found)} different prompts in {len(rows)} rows")
+        return array("Q", found.values())
+
+    def _fitting(self, rows: Sequence[int]) -> Sequence[int]:
+        kept = array("Q")
+        with progress_bar("measure prompts", len(rows), shown=len(rows) >= MANY) as bar:
+            for row in rows:
+                bar.advance(1)
+                with contextlib.suppress(OverlongPrompt):
+                    self._make(row)
+                    kept.append(row)
+        dropped = len(rows) - len(kept)
+        self.notes.append(
+            f"{self._config.prompts}: {dropped} of {len(rows)} prompts leave no room for a completion and are dropped"
         )
-    return tuple(prompts)
-
-
-def digest(prompts: Iterable[Prompt]) -> str:
-    """Hash of what student and teacher read and of the answers, to tell a dataset from another one."""
-    found = hashlib.sha256()
-    for p in prompts:
-        found.update(repr((p.token_ids, p.teacher_messages, p.answer, p.teacher, p.completion)).encode())
-    return found.hexdigest()
+        return kept
 
 
 class PromptSampler:
     """Prompts in shuffled epochs. The prompts of a step depend on seed and step alone, so there is no state to save."""
 
-    def __init__(self, prompts: tuple[Prompt, ...], *, per_step: int, seed: int, rank: int, world_size: int) -> None:
+    def __init__(self, prompts: Sequence[Prompt], *, per_step: int, seed: int, rank: int, world_size: int) -> None:
         self._prompts, self._per_step, self._seed = prompts, per_step, seed
         self._rank, self._world_size = rank, world_size
 
     def batch(self, step: int) -> tuple[Prompt, ...]:
         """This rank's prompts of a step, counted from 0: every world_size-th of the step's."""
-        first, n = step * self._per_step, len(self._prompts)
+        first = step * self._per_step
         places = range(first, first + self._per_step)[self._rank :: self._world_size]
-        return tuple(self._prompts[_epoch_order(n, self._seed, place // n)[place % n]] for place in places)
+        return tuple(self._prompts[place] for place in in_order(places, len(self._prompts), self._seed))
+
+
+def in_order(places: Iterable[int], size: int, seed: int) -> Iterator[int]:
+    """The prompt at each place of the shuffled epochs of `size` prompts."""
+    return (_epoch_order(size, seed, place // size)[place % size] for place in places)
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(size: int, seed: int, epoch: int) -> tuple[int, ...]:
+def _epoch_order(size: int, seed: int, epoch: int) -> Sequence[int]:
     """Shuffled rows of an epoch; cached, because every prompt of every step needs it."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return tuple(torch.randperm(size, generator=generator).tolist())
-
-
-def _read_rows(source: str, split: str) -> Rows:
-    path, kind = Path(source), Path(source).suffix.removeprefix(".")
-    if not source.strip("./~ "):
-        raise DataError(f"{source!r} names no dataset; give a .jsonl, .parquet or .csv file, or a Hub name")
-    if kind in {"jsonl", "json"}:
-        return _json_lines(path)
-    is_file = kind in {"parquet", "csv"}
-    if is_file and not path.is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        if is_file:
-            return _rows_of(load_dataset(kind, data_files=source, split="train"), source)
-        return _rows_of(load_dataset(source, split=split), source)
-    except (OSError, ValueError, DatasetGenerationError, DatasetNotFoundError) as error:
-        nothing = f"{source!r} is neither a .jsonl, .parquet or .csv file nor a dataset that can be reached"
-        raise DataError(f"{path}: cannot be read as {kind}: {error}" if is_file else f"{nothing}: {error}") from error
-
-
-def _json_lines(path: Path) -> Rows:
-    number = 0
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise DataError(f"{path}:{number}: must be a JSON object, got {type(row).__name__}")
-                    yield f"{path}:{number}", row
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8: {error}") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{number}: not JSON: {error}") from error
-
-
-def _rows_of(dataset: Dataset, source: str = "dataset") -> Rows:
-    return ((f"{source}, row {number}", cast(Row, row)) for number, row in enumerate(dataset, start=1))
+    return array("q", torch.randperm(size, generator=generator).tolist())
 
 
 def _prompt(number: int, row: Row, config: DataConfig, tokenizer: PreTrainedTokenizerBase, room: int) -> Prompt:
-    columns = {name: str(value) for name, value in row.items() if isinstance(value, str | int | float)}
+    columns = {name: str(spelled(value)) for name, value in row.items() if isinstance(value, str | int | float)}
     # the student and an evaluation never see the reference answer; a teacher may
     shown = {name: text for name, text in columns.items() if name != config.answer}
     messages, completion = _messages(row, shown, config)
     token_ids = render(tokenizer, messages)
     if not 0 < len(token_ids) <= room:
-        raise DataError(
+        raise OverlongPrompt(
             f"the prompt has {len(token_ids)} tokens, the context less max_completion_length leaves {room}; "
             "shorten or drop the prompt, or lower max_completion_length"
         )
@@ -156,7 +195,7 @@ def _prompt(number: int, row: Row, config: DataConfig, tokenizer: PreTrainedToke
         row=number,
         messages=messages,
         token_ids=token_ids,
-        answer=None if answer is None else str(answer),
+        answer=spelled(answer),
         teacher=None if teacher is None else str(teacher),
         completion=completion,
         columns=columns,
@@ -205,7 +244,7 @@ def _messages(row: Row, columns: Mapping[str, str], config: DataConfig) -> tuple
         if [turn.role for turn in answers] != ["assistant"]:
             raise DataError(f"column 'completion' must be one assistant message, has {len(answers)} messages")
         completion = answers[0].content
-    if completion is not None and not isinstance(completion, str):
+    if completion is not None and type(completion) is not str:
         raise DataError(f"column 'completion' must be text or messages, got {completion!r}")
     return with_prompt(turns, columns, config.system_prompt, template), completion
 
@@ -215,14 +254,14 @@ def _text(row: Row) -> str:
     name = next((name for name in TEXT_COLUMNS if row.get(name) is not None), None)
     if name is None:
         raise DataError(f"needs one of the columns {', '.join(TEXT_COLUMNS)}, has {', '.join(row) or 'none'}")
-    if not isinstance(row[name], str) or not row[name].strip():
+    if type(row[name]) is not str or not row[name].strip():
         raise DataError(f"column {name!r} must be non-empty text, got {row[name]!r}")
     return row[name]
 
 
 def _turn(turn: Any) -> Message:
     role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
-    if not isinstance(role, str) or not isinstance(content, str):
+    if type(role) is not str or type(content) is not str:
         raise DataError(f"a message must have text 'role' and 'content', got {turn!r}")
     lost = [key for key, value in turn.items() if key not in {"role", "content"} and value]
     if lost:

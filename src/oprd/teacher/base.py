@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from oprd.data.chat import render, with_prompt
-from oprd.errors import DataError
+from oprd.errors import OverlongPrompt
 from oprd.models.language_model import Model
 from oprd.models.loading import ModelFacts
 from oprd.section import OwnPrompt, Section
@@ -158,5 +158,5 @@ class TeacherConfig(OwnPrompt, AnyTeacherConfig):
         ids = render(facts.model.tokenizer, messages)
         if len(ids) + room > facts.model.context:
             given = f"the teacher's prompt has {len(ids)} tokens, its context of {facts.model.context} is to hold {room} more"
-            raise DataError(f"row {prompt.row}: {given}; shorten or drop it, or lower max_completion_length")
+            raise OverlongPrompt(f"row {prompt.row}: {given}; shorten or drop it, or lower max_completion_length")
         return replace(prompt, teacher_messages=messages, teacher_token_ids=ids)

@@ -12,7 +12,6 @@ import torch
 from oprd.algorithm import Update, mean_update
 from oprd.clock import Clock, peak_memory_gib
 from oprd.data.batching import split_by_tokens
-from oprd.data.prompts import digest
 from oprd.errors import Interrupted, RunFolderError, ServerError, TrainingStopped
 from oprd.evaluate.evaluate import Evaluation, Evaluator
 from oprd.files import append_jsonl, read_json, write_atomically
@@ -285,7 +284,7 @@ def _start(parts: Parts) -> Progress:
     """Create the folder, or go back to the checkpoint that the recipe asks for."""
     recipe, folder, ranks = parts.recipe, parts.folder, parts.ranks
     method = parts.method
-    facts = {"stop_ids": method.student.lm.stop_ids, "prompts": digest(parts.prompts)}
+    facts = {"stop_ids": method.student.lm.stop_ids, "prompts": parts.prompts.digest(recipe.seed)}
     ranks.on_main(lambda: folder.create(recipe, facts, {o.name: o.summary() for o in method.student.objectives}))
     progress, asked = Progress(), recipe.resume_from_checkpoint
     found = whole_checkpoint(folder.checkpoints, asked, ranks) if asked is not None else None

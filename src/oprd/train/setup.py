@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from oprd.algorithm import Distillation
 from oprd.data.chat import decode
-from oprd.data.prompts import PromptSampler, digest, load_prompts
+from oprd.data.prompts import MANY, Prompts, PromptSampler, in_order
 from oprd.distributed import Ranks
 from oprd.effopd import Extrapolation, validation_prompts
 from oprd.errors import ConfigError, DataError
@@ -34,7 +34,7 @@ from oprd.teacher.local import LocalTeacher, Reference
 from oprd.train.checkpoint import find_checkpoint
 from oprd.train.pair import Given, check_pairs, pair_rows, pair_stops, teacher_context
 from oprd.train.run_folder import RunFolder
-from oprd.types import Capability, Prompt, Taps
+from oprd.types import Capability, Taps
 from oprd.verify.pool import VerifierPool
 
 LONGEST_WAIT = timedelta(hours=3)
@@ -49,7 +49,7 @@ class Checked:
     teacher: TeacherFacts
     objectives: tuple[Objective, ...]
     """Bound to the student."""
-    prompts: tuple[Prompt, ...]
+    prompts: Prompts
     benchmarks: tuple[Benchmark, ...]
     context: TeacherContext
 
@@ -64,7 +64,7 @@ class Parts:
     folder: RunFolder
     method: Distillation
     engine: RolloutEngine
-    prompts: tuple[Prompt, ...]
+    prompts: Prompts
     sampler: PromptSampler
     benchmarks: tuple[Benchmark, ...]
     extrapolation: Extrapolation | None
@@ -80,6 +80,8 @@ def setup(recipe: Recipe, given: Given | None = None) -> Parts:
     ranks.wait()
     if ranks.is_main:
         _tell_of_stops(checked)
+        for note in checked.prompts.notes:
+            console.print(note)
     teacher = recipe.teacher.build(checked.teacher, checked.context)
     student = _load_student(recipe, given, checked, accelerator, initial)
     for objective in checked.objectives:
@@ -172,13 +174,15 @@ def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -
     for objective in objectives:
         if teacher.model is not None:
             objective.check_pair_facts(student, teacher.model)
-    prompts = load_prompts(
-        recipe.data, student.tokenizer, context=student.context, room=recipe.rollout.max_completion_length,
-        given=given.prompts,
+    room = recipe.rollout.max_completion_length
+    prompts = Prompts(
+        recipe.data, student.tokenizer, context=student.context, room=room, given=given.prompts,
+        view=lambda prompt: recipe.teacher.render(prompt, teacher, room),
     )  # fmt: skip
-    prompts = tuple(recipe.teacher.render(prompt, teacher, recipe.rollout.max_completion_length) for prompt in prompts)
-    recipe.rollout.source.check_prompts(prompts)
-    folder.check_prompts(digest(prompts))
+    places = max(recipe.max_steps * recipe.prompts_per_step, MANY)
+    used = prompts.prepare(in_order(range(min(places, len(prompts))), len(prompts), recipe.seed))
+    recipe.rollout.source.check_prompts(used)
+    folder.check_prompts(prompts.digest(recipe.seed))
     _check_validation(recipe, objectives, teacher, prompts)
     return Checked(
         student=student,
@@ -186,7 +190,7 @@ def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -
         objectives=objectives,
         prompts=prompts,
         benchmarks=load_benchmarks(recipe.evaluation, student.tokenizer, context=student.context),
-        context=replace(context, prompts=prompts, pair_stops=pair_stops(student, teacher)),
+        context=replace(context, prompts=used, pair_stops=pair_stops(student, teacher)),
     )
 
 
@@ -263,7 +267,7 @@ def _reference(checked: Checked, initial: Model, teacher: Teacher, device: torch
 
 
 def _check_validation(
-    recipe: Recipe, objectives: tuple[Objective, ...], teacher: TeacherFacts, prompts: tuple[Prompt, ...]
+    recipe: Recipe, objectives: tuple[Objective, ...], teacher: TeacherFacts, prompts: Prompts
 ) -> None:
     """The prompts on which extrapolation compares weights must be there, with answers if these are needed."""
     config = recipe.extrapolation
