@@ -9,11 +9,13 @@ from accelerate import Accelerator
 from conftest import MODELS, load_miniature
 from oprd.distributed import Ranks
 from oprd.errors import ConfigError, DataError
+from oprd.evaluate import benchmarks
 from oprd.evaluate.benchmarks import EvaluationConfig, load_benchmarks
 from oprd.evaluate.evaluate import Evaluation, Evaluator, evaluate_model
 from oprd.files import read_jsonl
 from oprd.rollout.base import RolloutEngine
 from oprd.types import Rollouts
+from oprd.verify.judge import judge
 from oprd.verify.pool import Verdict, VerifierPool
 
 
@@ -118,3 +120,16 @@ def test_two_benchmarks_of_one_file_name_stay_apart(held_out_file, tmp_path):
     assert other.name.endswith("b_test.jsonl")
     with pytest.raises(ConfigError, match="names one twice"):
         load_benchmarks(EvaluationConfig(benchmarks=[files[0], files[0]]), tokenizer, context=2048)
+
+
+@pytest.mark.parametrize("name", ["aime24", "own"])
+def test_a_boxed_answer_in_another_column_is_read_and_judged(name, tmp_path, monkeypatch):
+    file = tmp_path / "own.jsonl"
+    file.write_text(json.dumps({"id": 60, "problem": "Aya goes for a walk", "solution": r"\boxed{204}"}) + "\n")
+    monkeypatch.setitem(benchmarks.HUB_NAMES, "aime24", (str(file), *benchmarks.HUB_NAMES["aime24"][1:]))
+    config = EvaluationConfig(
+        benchmarks=[name if name == "aime24" else str(file)], answer="solution" if name == "own" else "answer"
+    )
+    (found,) = load_benchmarks(config, load_miniature("base").tokenizer, context=4096)
+    gold = str(found.prompts[0].answer)
+    assert [judge(rf"So \boxed{{{n}}}.", gold)["outcome"] for n in (204, 205)] == ["correct", "wrong"]

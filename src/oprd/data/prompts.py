@@ -32,6 +32,8 @@ class RowsSection(OwnPrompt):
 
     limit: PositiveInt | None = None
     """Use only the first rows."""
+    answer: str = "answer"
+    """Column of the reference answer; `a.b` is field b of the nested column a."""
 
 
 class DataConfig(RowsSection):
@@ -44,8 +46,6 @@ class DataConfig(RowsSection):
     """JSONL, Parquet or CSV file, or Hub dataset."""
     split: str = "train"
     """Split of a Hub dataset."""
-    answer: str = "answer"
-    """Column of the reference answer; `a.b` is field b of the nested column a."""
     drop_overlong: bool = False
     """Drop prompts that leave no room for a completion in the context, and say how many; false: refuse them."""
     deduplicate: bool = False

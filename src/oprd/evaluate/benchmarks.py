@@ -13,14 +13,14 @@ from oprd.section import Field, Listed, PositiveInt, Seed
 from oprd.types import Prompt
 
 HUB_NAMES = {
-    "aime24": ("math-ai/aime24", "test"),
-    "aime25": ("math-ai/aime25", "test"),
-    "aimo": ("AI-MO/aimo-validation-aime", "train"),
-    "amc23": ("math-ai/amc23", "test"),
-    "hmmt25": ("MathArena/hmmt_feb_2025", "train"),
-    "math500": ("HuggingFaceH4/MATH-500", "test"),
+    "aime24": ("math-ai/aime24", "test", "solution"),  # it holds the boxed answer, and there is no column `answer`
+    "aime25": ("math-ai/aime25", "test", "answer"),
+    "aimo": ("AI-MO/aimo-validation-aime", "train", "answer"),
+    "amc23": ("math-ai/amc23", "test", "answer"),
+    "hmmt25": ("MathArena/hmmt_feb_2025", "train", "answer"),
+    "math500": ("HuggingFaceH4/MATH-500", "test", "answer"),
 }
-"""(dataset, split) of the named benchmarks."""
+"""(dataset, split, column of the answer) of the named benchmarks."""
 
 
 class EvaluationConfig(RowsSection, SamplingSection):
@@ -58,13 +58,13 @@ def load_benchmarks(
 
 
 def _load(name: str, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, context: int) -> tuple[Prompt, ...]:
-    source, split = HUB_NAMES.get(name, (name, "test"))
+    source, split, answer = HUB_NAMES.get(name, (name, "test", config.answer))
     data = DataConfig(
-        prompts=source, split=split, limit=config.limit,
+        prompts=source, split=split, limit=config.limit, answer=answer,
         system_prompt=config.system_prompt, prompt_template=config.prompt_template,
     )  # fmt: skip
     prompts = load_prompts(data, tokenizer, context=context, room=config.max_completion_length)
     for prompt in prompts:
         if prompt.answer is None:
-            raise DataError(f"benchmark {name!r}: row {prompt.row} has no column 'answer'")
+            raise DataError(f"benchmark {name!r}: row {prompt.row} has no column {answer!r}")
     return prompts
