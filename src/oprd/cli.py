@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +28,7 @@ DemoFolder = Annotated[Path, typer.Option(help="Folder of the two runs; an inter
 DemoSeed = Annotated[int, typer.Option(min=0, max=2**32 - 1)]
 Page = Annotated[Path, typer.Option(help="The page to write.")]
 
-EXIT_USER_ERROR, EXIT_STOPPED, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_USER_ERROR, EXIT_STOPPED = 2, 3
 
 
 @app.command()
@@ -114,6 +115,15 @@ def main() -> None:
         "train": "Go on with the same command and resume_from_checkpoint=latest",
         "demo": "The same command goes on from there",
     }.get(" ".join(sys.argv[1:2]), "Nothing that was written is lost")
+    received: list[int] = []
+
+    def stop_at_once(number: int, _: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, stop_at_once)
     try:
         app()
     except OprdError as error:
@@ -126,10 +136,11 @@ def main() -> None:
     except Interrupted as error:
         _say(f"{error}. {go_on}.")
         sys.exit(128 + error.signal)
-    except SystemExit as exit:
-        # typer turns a Ctrl-C outside of the loop into this exit, in silence
-        if exit.code == EXIT_INTERRUPTED:
+    except (SystemExit, KeyboardInterrupt):
+        # typer turns a KeyboardInterrupt into an exit, in silence
+        if received:
             _say(f"Stopped at once; what was saved before is intact. {go_on}.")
+            sys.exit(128 + received[-1])
         raise
 
 

@@ -1,7 +1,7 @@
 """Evaluation: sample completions of every problem, check their answers, compute scores."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -73,6 +73,8 @@ class Evaluator:
     ranks: Ranks = field(default_factory=lambda: Ranks(Accelerator()))
     max_sequences: int = 64
     """Completions per call of the engine."""
+    before_batch: Callable[[], None] = lambda: None
+    """Called by every rank as often; what it raises ends the evaluation."""
 
     def run(self, log: Path, completions: Path, facts: Mapping[str, Any]) -> tuple[Evaluation, ...]:
         """Every benchmark. Appends a line to `log` for each, with `facts` (the step and what it cost), and writes
@@ -97,10 +99,13 @@ class Evaluator:
         per_call = size * max(1, self.max_sequences // config.samples)
         rows: list[dict[str, Any]] = []
         with progress_bar(f"evaluate {benchmark.name}", len(prompts), shown=ranks.is_main) as bar:
-            for first in range(rank, len(prompts), per_call):
-                problems = prompts[first : first + per_call : size]
-                rows += self._checked(self.engine.generate(problems, sampling, seed=config.seed * 1_000_003 + first))
-                bar.advance(len(problems) * size)
+            for first in range(rank, len(prompts) + rank, per_call):
+                self.before_batch()
+                if problems := prompts[first : first + per_call : size]:
+                    rows += self._checked(
+                        self.engine.generate(problems, sampling, seed=config.seed * 1_000_003 + first)
+                    )
+                    bar.advance(len(problems) * size)
         rows = sorted(rows if ranks.sharded else ranks.gather_objects(rows), key=lambda row: row["row"])
         if save_to is not None and ranks.is_main:
             public = [{key: value for key, value in row.items() if key != "ids"} for row in rows]

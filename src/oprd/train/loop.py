@@ -3,8 +3,9 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,22 +76,19 @@ def train(parts: Parts) -> Result:
         stack.callback(parts.method.teacher.close)
         stack.enter_context(parts.verifier)
         stack.enter_context(_rescue(parts, progress))
-        if recipe.eval_steps is not None and progress.step == 0:
-            _evaluate(parts, progress)
+        stop = partial(_stop_if_asked, parts, progress, interrupt)
         label = parts.folder.path.name
         bar = stack.enter_context(progress_bar(label, recipe.max_steps, done=progress.step, shown=ranks.is_main))
         while progress.step < recipe.max_steps:
+            # a run that stopped during an evaluation makes up for it
+            if recipe.eval_steps is not None and progress.step % recipe.eval_steps == 0:
+                _evaluate(parts, progress, stop)
             _step(parts, progress, bar)
-            last = progress.step == recipe.max_steps
-            if recipe.eval_steps is not None and progress.step % recipe.eval_steps == 0 and not last:
-                _evaluate(parts, progress)
-            stop = ranks.any_rank(interrupt.asked)
-            if stop or last or progress.step % recipe.save_steps == 0:
+            if progress.step == recipe.max_steps or progress.step % recipe.save_steps == 0:
                 _save(parts, progress)
-            if stop and not last:
-                raise Interrupted(f"stopped after step {progress.step}", interrupt.signal)
+            stop()
         save_student(parts)
-        evaluations = _evaluate(parts, progress)
+        evaluations = _evaluate(parts, progress, stop)
     result = Result(
         steps=progress.step,
         skipped_steps=progress.skipped_steps,
@@ -106,11 +104,21 @@ def train(parts: Parts) -> Result:
     return result
 
 
+def _stop_if_asked(parts: Parts, progress: Progress, interrupt: Interrupt) -> None:
+    """If the user asked any rank to stop, save the step and raise Interrupted."""
+    if parts.ranks.any_rank(interrupt.asked):
+        if progress.step:
+            _save(parts, progress)
+        raise Interrupted(f"stopped after step {progress.step}", interrupt.signal)
+
+
 @contextlib.contextmanager
 def _rescue(parts: Parts, progress: Progress) -> Iterator[None]:
     """Whatever error ends the run, the last whole step is saved first, or the last one saved is named."""
     try:
         yield
+    except Interrupted:
+        raise
     except Exception as error:
         step, folder = f"step-{progress.step:06d}", parts.folder.checkpoints
         # of several ranks only these errors are known to be raised by all
@@ -257,7 +265,7 @@ def _warn_of_truncation(parts: Parts, progress: Progress, share: float) -> None:
         )
 
 
-def _evaluate(parts: Parts, progress: Progress) -> tuple[Evaluation, ...]:
+def _evaluate(parts: Parts, progress: Progress, stop: Callable[[], None]) -> tuple[Evaluation, ...]:
     """Every benchmark at this step, unless a resumed run finds it done."""
     start, folder = time.perf_counter(), parts.folder
     facts = {
@@ -273,6 +281,7 @@ def _evaluate(parts: Parts, progress: Progress) -> tuple[Evaluation, ...]:
         verifier=parts.verifier,
         ranks=parts.ranks,
         max_sequences=parts.recipe.rollout.engine.max_sequences,
+        before_batch=stop,
     ).run(folder.evaluations, folder.path / "evaluations" / f"step-{progress.step:06d}", facts)
     progress.evaluation_seconds += time.perf_counter() - start
     if parts.ranks.is_main:
