@@ -1,0 +1,114 @@
+"""Kill runs at random moments with SIGKILL, resume them, and compare what they leave with runs that nobody killed.
+
+    python scripts/kill.py [KILLS] [SEED]
+
+Prints a line for each kind of run; exits with 1 if any differs. Metrics, evaluations, searches, samples and the saved student
+must be equal bit for bit. Children are forked, so that a start costs no import.
+"""
+
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import torch
+from safetensors.torch import load_file
+
+from conftest import miniature_recipe
+from oprd.demo.task import sums, write_jsonl
+from oprd.recipe import parse_recipe
+from oprd.train.run import run_recipe
+from train.runs import evaluations, metrics, read_lines, searches
+
+
+def recipes(folder: Path) -> dict[str, dict]:
+    """Kinds of runs, each of a few seconds."""
+    train, held_out = folder / "train.jsonl", folder / "held_out.jsonl"
+    write_jsonl(train, sums(64, seed=1, held_out=False))
+    write_jsonl(held_out, sums(6, seed=2, held_out=True))
+    evaluation = {"benchmarks": [str(held_out)], "samples": 1, "max_completion_length": 24}
+    short = {"group_size": 2, "max_completion_length": 24}
+    effopd = {"every": 2, "score": "objective", "validation_prompts": 4}
+    base = miniature_recipe(folder, train)["student"]
+    kinds = {
+        "plain, evaluated": {"evaluation": evaluation, "eval_steps": 2},
+        "EffOPD": {"extrapolation": effopd, "save_steps": 1},
+        "LoRA with dropout, two updates": {
+            "student": base | {"lora": {"r": 4, "dropout": 0.1}},
+            "rollout": short | {"updates_per_rollout": 2},
+            "objective": {"type": "opd_sampled"},
+        },
+        "a checkpoint every 2nd step, one kept": {"save_steps": 2, "save_total_limit": 1},
+    }
+    return {name: miniature_recipe("", train, max_steps=6, rollout=short) | options for name, options in kinds.items()}
+
+
+def start(tree: dict, folder: Path) -> int:
+    """The process id of a child that runs, or goes on with, a recipe in `folder`."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        with (folder.parent / "errors.txt").open("w") as errors:
+            os.dup2(errors.fileno(), 2)
+            run_recipe(parse_recipe(tree | {"output_dir": str(folder), "resume_from_checkpoint": "latest"}))
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def left(folder: Path) -> list[object]:
+    """Everything of a run that must not depend on kills."""
+    (weights,) = (folder / "student").glob("*model.safetensors")
+    student = {name: value.numpy().tobytes() for name, value in load_file(weights).items()}
+    return [metrics(folder), evaluations(folder), searches(folder), read_lines(folder / "samples.jsonl"), student]
+
+
+def killed(tree: dict, folder: Path, whole_seconds: float, rng: random.Random) -> int:
+    """Run to the end, killed now and then; the number of kills."""
+    kills = 0
+    while True:
+        child, patience = start(tree, folder), rng.uniform(0.05, 0.8) * whole_seconds
+        deadline = time.monotonic() + (patience if kills < 6 else 600)
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+            if time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.01)
+        if os.waitstatus_to_exitcode(ended[1]) != -signal.SIGKILL:
+            assert ended[1] == 0, (folder.parent / "errors.txt").read_text()
+            return kills
+        kills += 1
+
+
+def main() -> int:
+    """Kill at least so many times over all kinds."""
+    wanted, seed = (int(given) for given in [*sys.argv[1:3], *("30", "0")[len(sys.argv) - 1 :]])
+    torch.set_num_threads(1)
+    rng, failed = random.Random(seed), 0
+    with tempfile.TemporaryDirectory() as place:
+        kinds = recipes(Path(place))
+        for name, tree in kinds.items():
+            home = Path(place) / name
+            home.mkdir()
+            began = time.monotonic()
+            assert os.waitpid(start(tree, home / "whole"), 0)[1] == 0, (home / "errors.txt").read_text()
+            seconds, kills, runs, different = time.monotonic() - began, 0, 0, 0
+            whole = left(home / "whole")
+            while kills < wanted / len(kinds):
+                run = home / f"run {runs}"
+                kills += killed(tree, run, seconds, rng)
+                runs += 1
+                different += left(run) != whole
+            failed += different
+            print(f"{name}: {kills} kills in {runs} runs, {different} differ", flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
