@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -150,6 +150,15 @@ def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
     raise AssertionError(f"the server did not start:\n{log.read_text()[-3000:]}")
 
 
+@dataclass(frozen=True)
+class Body:
+    """A fault: this reply in place of the server's own."""
+
+    content: bytes
+    headers: dict[str, str] = field(default_factory=dict)
+    status: int = 200
+
+
 class FaultyServer:
     """OpenAI-compatible completions of the miniature teacher by transformers' generate, with faults on demand.
 
@@ -158,11 +167,12 @@ class FaultyServer:
     `times` are those at which requests came. `retry_after` goes with 429 and 503.
     """
 
-    def __init__(self, fault: Callable[[int], str | None] = lambda number: None) -> None:
+    def __init__(self, fault: Callable[[int], "str | Body | None"] = lambda number: None) -> None:
         self.fault = fault
         self.requests = 0
         self.generated: list[str] = []
         self.headers: list[str] = []
+        self.all_headers: list[dict[str, str]] = []
         self.times: list[float] = []
         self.retry_after = "0.05"
         self.lock = threading.Lock()
@@ -218,7 +228,10 @@ class FaultyServer:
             self.requests += 1
             fault = self.fault(self.requests)
             self.headers.append(handler.headers.get("Authorization", ""))
+            self.all_headers.append({name.lower(): value for name, value in handler.headers.items()})
             self.times.append(time.monotonic())
+        if isinstance(fault, Body):
+            return _send(handler, fault.status, fault.content, fault.headers)
         if fault in {"429", "503"}:
             return _send(handler, int(fault), b'{"error": "slow down"}', {"Retry-After": self.retry_after})
         if fault in {"500", "504"}:
@@ -231,6 +244,15 @@ class FaultyServer:
             return _send(handler, int(fault), b'{"error": "this is too long for me"}')
         if fault == "hang":
             self.release.wait(30)
+            handler.close_connection = True
+            return None
+        if fault == "drip":
+            handler.send_response(200)
+            handler.send_header("Content-Length", "1000000")
+            handler.end_headers()
+            with contextlib.suppress(OSError):
+                while not self.release.wait(0.05):
+                    handler.wfile.write(b" ")
             handler.close_connection = True
             return None
         if fault == "not json":

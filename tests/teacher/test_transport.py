@@ -1,8 +1,10 @@
 """The transport against a real server that misbehaves: what is lost is counted, nothing is paid twice, no budget is passed."""
 
+import gzip
 import json
 import sqlite3
 import time
+import tracemalloc
 from collections import Counter
 from multiprocessing.pool import ThreadPool
 
@@ -13,7 +15,7 @@ from oprd.errors import ConfigError, ServerError
 from oprd.teacher import transport
 from oprd.teacher.exchange import Request, Tokens
 from oprd.teacher.transport import ServerSection, Transport
-from serving import FaultyServer
+from serving import Body, FaultyServer
 
 SECRET = "sk-very-secret-0123456789"
 
@@ -410,3 +412,136 @@ def test_without_a_key_none_is_taken_from_elsewhere(server, tmp_path, monkeypatc
 def test_a_server_that_is_not_there_is_said_after_the_retries(tmp_path):
     with pytest.raises(ServerError, match="no connection"):
         open_transport(FaultyServer(), tmp_path, max_retries=1).send([[request("1+2")]])
+
+
+def body(*, text: object = "1", usage: object = None, **choice) -> bytes:
+    choices = [{"text": text, "finish_reason": "stop"} | choice]
+    return json.dumps({"choices": choices, "usage": usage or {"prompt_tokens": 1, "completion_tokens": 1}}).encode()
+
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
+BAD_BODIES = {
+    "nothing": b"", "null": b"null", "a list": b"[]", "a number": b"1", "nested": DEEP,
+    "nested choices": b'{"choices": ' + DEEP + b"}", "no choices": b"{}", "choices of null": b'{"choices": null}',
+    "choices of text": b'{"choices": "abc"}', "choices of numbers": b'{"choices": [1]}',
+    "an integer of 5000 digits": b'{"choices": [' + b"1" * 5000 + b"]}", "text of null": body(text=None),
+    "text of numbers": body(text=1), "half a surrogate": body(text="\ud800"), "usage of text": body(usage="many"),
+    "not UTF-8": b'{"choices": [{"text": "\xff"}]}', "a reason of another type": body(finish_reason=["stop"]),
+    "log-probabilities of text": body(prompt_logprobs="abc"), "of null": body(prompt_logprobs=[{"1": None}]),
+    "of an integer no float holds": body(prompt_logprobs=[{"1": {"logprob": 10**400}}]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("status", [200, 500])
+@pytest.mark.parametrize("content", BAD_BODIES.values(), ids=BAD_BODIES)
+def test_a_body_of_any_other_shape_is_a_lost_response(content, status, server, tmp_path):
+    server.fault = lambda number: Body(content, {"Content-Type": "application/json; charset=idna"}, status)
+    with pytest.raises(ServerError, match=r"1 of 1 responses of this step were lost"):
+        open_transport(server, tmp_path, max_retries=0).send([[request("1+2")]])
+    assert account(tmp_path) == ((1, 3, 6) if status == 200 else (1, 0, 0))
+
+
+@pytest.mark.parametrize("count", [-1000, float("inf"), float("nan"), 10**30, 1.5, True, "7", None])
+def test_a_count_of_tokens_that_cannot_be_true_is_booked_as_the_most(count, server, tmp_path):
+    server.fault = lambda number: Body(body(usage={"prompt_tokens": count, "completion_tokens": count}))
+    ((response,),) = open_transport(server, tmp_path).send([[request("1+2")]])
+    assert response.texts == ("1",)
+    assert account(tmp_path) == (1, 3, 6)
+
+
+@pytest.mark.parametrize("status", [200, 401])
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
+def test_a_body_of_any_size_takes_bounded_memory(packed, status, server, tmp_path):
+    huge = b" " * 2**27
+    reply = Body(gzip.compress(huge), {"Content-Encoding": "gzip"}, status) if packed else Body(huge, {}, status)
+    server.fault = lambda number: reply
+    tracemalloc.start()
+    with pytest.raises(ServerError):
+        open_transport(server, tmp_path, max_retries=0).send([[request("1+2")]])
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+def test_a_body_that_drips_ends_at_the_time_limit_of_a_request(server, tmp_path):
+    server.fault = lambda number: "drip"
+    with pytest.raises(ServerError, match=r"no response within timeout_s=0.3"):
+        open_transport(server, tmp_path, timeout_s=0.3, max_retries=0).send([[request("1+2")]])
+
+
+def test_nothing_from_the_environment_goes_to_the_server(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-private")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "proj-private")
+    monkeypatch.setenv("OPENAI_ADMIN_KEY", SECRET)
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", f"X-Mine: {SECRET}\nAuthorization: {SECRET}")
+    open_transport(server, tmp_path).send([[request("1+2")]])
+    sent = {"host", "content-type", "content-length", "user-agent", "authorization", "accept-encoding"}
+    assert set(server.all_headers[0]) == sent
+    assert server.headers == ["Bearer none"]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_takes_nothing_to_another_host(status, server, tmp_path):
+    with FaultyServer() as other:
+        place = {"Location": f"{other.url}/completions?key={SECRET}"}
+        server.fault = lambda number: Body(b"", place, status)
+        with pytest.raises(ServerError, match=f"HTTP {status}.*redirects to another address") as caught:
+            open_transport(server, tmp_path).send([[request("1+2")]])
+        assert (server.requests, other.requests) == (1, 0)
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["http://h/v1?key=", "http://h/v1#", "http://me:pass@h/v1?", "http://"])
+def test_an_address_with_a_secret_in_it_is_refused_without_repeating_it(address, server):
+    with pytest.raises(ValidationError, match="must look like http://host:port/v1") as caught:
+        config(server, base_url=address + SECRET * (address != "http://"))
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["hf_abcdefgh", "sk-abc", "A B"])
+def test_a_key_that_looks_like_a_name_is_refused_too(key, server):
+    with pytest.raises(ValidationError, match="environment variable in capitals") as caught:
+        config(server, api_key_env=key)
+    assert key not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["sk-\u00e9", "a b", "a\nX-Other: b"])
+def test_a_key_that_no_header_can_hold_is_refused_at_the_start(key, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("TEST_KEY", key)
+    with pytest.raises(ConfigError, match="the key in TEST_KEY has characters"):
+        open_transport(server, tmp_path, api_key_env="TEST_KEY")
+    monkeypatch.setenv("TEST_KEY", f"{SECRET}\n")  # as `$(cat file)` of some shells leaves it
+    open_transport(server, tmp_path, api_key_env="TEST_KEY").send([[request("1+2")]])
+    assert server.headers == [f"Bearer {SECRET}"]
+
+
+def test_the_cache_keeps_numbers_and_not_what_else_the_server_said(server, tmp_path):
+    row = {str(i): {"logprob": -1.2345678901234567 - i / 7, "rank": i, "decoded_token": "x" * 40} for i in range(20)}
+    given = body(prompt_logprobs=[None, *[row] * 50], system_fingerprint=SECRET)
+    server.fault = lambda number: Body(given)
+    asked, wanted = open_transport(server, tmp_path), request("1+2")
+    (first,), (again,) = asked.send([[wanted]]) + asked.send([[wanted]])
+    assert server.requests == 1
+    assert (again.texts, again.finished, again.used) == (first.texts, first.finished, first.used)
+    assert again.logprobs[0] is None
+    assert again.logprobs[1] == {i: pytest.approx(x["logprob"], rel=1e-8) for i, x in row.items()}
+    with sqlite3.connect(tmp_path / "cache.sqlite") as database:
+        (kept,) = database.execute("SELECT body FROM responses").fetchone()
+    assert SECRET.encode() not in kept
+
+
+@pytest.mark.parametrize("content", [b"no database" * 1000, "a folder"], ids=["other file", "folder"])
+def test_a_cache_that_is_no_database_is_named(content, server, tmp_path):
+    file = tmp_path / "cache.sqlite"
+    file.write_bytes(content) if isinstance(content, bytes) else file.mkdir()
+    with pytest.raises(ServerError, match=r"cache.sqlite cannot be used as the teacher's cache"):
+        open_transport(server, tmp_path)
+
+
+def test_a_damaged_response_in_the_cache_is_requested_again(server, tmp_path):
+    asked = open_transport(server, tmp_path)
+    for damaged in (b"abc", "{", DEEP.decode()):
+        asked.send([[request("1+2")]])
+        with sqlite3.connect(tmp_path / "cache.sqlite") as database:
+            database.execute("UPDATE responses SET body = ?", (damaged,))
+    assert asked.send([[request("1+2")]])[0][0] is not None
+    assert server.requests == 4

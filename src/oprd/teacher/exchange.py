@@ -2,12 +2,14 @@
 
 import json
 import sqlite3
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from oprd.errors import ServerError
 from oprd.files import writing
 
 # `finish_reason` of a text that the model ended, and of one that a limit cut; any other one loses the response
@@ -31,6 +33,12 @@ class Request:
     samples: int
     upper_bound: Tokens
 
+    @property
+    def most_bytes(self) -> int:
+        """More than a correct response takes; a longer body is not read to its end."""
+        prompt, completion = self.upper_bound
+        return 2**20 + 512 * (completion + prompt * (1 + self.body.get("prompt_logprobs", 0)))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Response:
@@ -38,9 +46,22 @@ class Response:
 
     texts: tuple[str, ...]
     finished: tuple[bool, ...]
-    logprobs: Any
-    """`prompt_logprobs` as the server gave them; None if not asked for."""
+    logprobs: list[dict[str, float] | None] | None
+    """`prompt_logprobs` of the server, by token id; None if not asked for."""
     used: Tokens
+
+    def pack(self) -> bytes:
+        """What is kept of the response, as `read_response` reads it: the numbers alone, in float32's 9 digits."""
+        rows = self.logprobs and [
+            row and {i: {"logprob": float(f"{x:.9g}")} for i, x in row.items()} for row in self.logprobs
+        ]
+        reasons = ["stop" if finished else "length" for finished in self.finished]
+        choices = [
+            {"text": text, "message": {"content": text}, "finish_reason": reason, "prompt_logprobs": rows}
+            for text, reason in zip(self.texts, reasons, strict=True)
+        ]
+        usage = {f"{name}_tokens": count for name, count in self.used._asdict().items()}
+        return zlib.compress(json.dumps({"choices": choices, "usage": usage}).encode())
 
 
 class BadResponseError(Exception):
@@ -51,7 +72,7 @@ class BadResponseError(Exception):
         self.used, self.final = used, final
 
 
-def read_response(body: str, request: Request) -> Response:
+def read_response(body: str | bytes, request: Request) -> Response:
     """The response in a body. Raises BadResponseError for anything but the whole response that was asked for."""
     bound = request.upper_bound
     try:
@@ -60,10 +81,15 @@ def read_response(body: str, request: Request) -> Response:
         texts = tuple(
             c["text"] if request.endpoint == "completions" else c["message"]["content"] or "" for c in choices
         )
-        "".join(texts)  # a TypeError unless all are text
+        "".join(texts).encode()  # an error unless all are text that can be written
         reasons = [c.get("finish_reason") for c in choices]
-        used = Tokens(*(int(usage.get(f"{name}_tokens", most)) for name, most in bound._asdict().items()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        counts = [usage.get(f"{name}_tokens") for name in Tokens._fields]
+        # a count that cannot be true is taken for the most; SQLite holds sums of those that can
+        used = Tokens(*(n if type(n) is int and 0 <= n < 2**40 else m for n, m in zip(counts, bound, strict=True)))
+        logprobs = choices[0].get("prompt_logprobs") if choices else None
+        if logprobs is not None:
+            logprobs = [row and {i: float(entry["logprob"]) for i, entry in row.items()} for row in logprobs]
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise BadResponseError("a response that is not the JSON it should be", bound) from None
     bad = partial(BadResponseError, used=Tokens(*map(max, bound, used)))
     if not choices:
@@ -74,11 +100,11 @@ def read_response(body: str, request: Request) -> Response:
     if used.completion > bound.completion:
         raise bad(f"a longer response than asked for ({used.completion} tokens)")
     if other := [reason for reason in reasons if reason not in [None, *ENDED, *CUT]]:
-        raise bad(f"a response that neither ended nor was cut (finish_reason {other[0]!r})", final=True)
+        raise bad(f"a response that neither ended nor was cut (finish_reason {str(other[0])[:50]!r})", final=True)
     # without a reason, a lone text shorter than the limit was not cut by it; of several, nobody knows which one is short
     ended = len(choices) == 1 and used.completion < bound.completion
     finished = tuple(ended if reason is None else reason in ENDED for reason in reasons)
-    return Response(texts=texts, finished=finished, logprobs=choices[0].get("prompt_logprobs"), used=used)
+    return Response(texts=texts, finished=finished, logprobs=logprobs, used=used)
 
 
 class UsageLog:
@@ -89,19 +115,25 @@ class UsageLog:
 
     def __init__(self, file: Path, account: tuple[str, str, int]) -> None:
         self._account, self._file = account, file
-        # opened in one thread, used in another
-        self._database = sqlite3.connect(file, timeout=60.0, check_same_thread=False)
-        self._database.executescript(
-            "PRAGMA journal_mode=WAL; CREATE TABLE IF NOT EXISTS responses (key TEXT PRIMARY KEY, body TEXT);"
-            "CREATE TABLE IF NOT EXISTS usage (run TEXT, teacher TEXT, rank INTEGER, requests INTEGER, prompt INTEGER, "
-            "completion INTEGER, PRIMARY KEY (run, teacher, rank));"
-        )
+        try:
+            # opened in one thread, used in another
+            self._database = sqlite3.connect(file, timeout=60.0, check_same_thread=False)
+            self._database.executescript(
+                "PRAGMA journal_mode=WAL; CREATE TABLE IF NOT EXISTS responses (key TEXT PRIMARY KEY, body BLOB);"
+                "CREATE TABLE IF NOT EXISTS usage (run TEXT, teacher TEXT, rank INTEGER, requests INTEGER, "
+                "prompt INTEGER, completion INTEGER, PRIMARY KEY (run, teacher, rank));"
+            )
+        except sqlite3.Error as error:
+            raise ServerError(f"{file} cannot be used as the teacher's cache: {error}. Move it away") from error
         self.close = self._database.close
 
-    def find(self, key: str | None) -> str | None:
-        """The body kept under a key."""
+    def find(self, key: str | None, request: Request) -> Response | None:
+        """The response kept under a key; None too if what is kept is damaged."""
         row = self._database.execute("SELECT body FROM responses WHERE key = ?", (key,)).fetchone()
-        return row and row[0]
+        try:
+            return row and read_response(zlib.decompress(row[0]) if isinstance(row[0], bytes) else row[0], request)
+        except (BadResponseError, zlib.error):
+            return None
 
     def spent(self, *, by_all: bool = False) -> tuple[int, int, int]:
         """Requests, prompt and completion tokens over all starts: of this rank, or of all ranks there ever were."""
@@ -109,8 +141,8 @@ class UsageLog:
         query = f"SELECT {sums} FROM usage WHERE run = ? AND teacher = ? AND (rank = ? OR ?)"
         return self._database.execute(query, (*self._account, by_all)).fetchone()
 
-    def add(self, requests: int, tokens: Sequence[int], key: str | None = None, body: str | None = None) -> None:
-        """Add usage, and keep a body if it has a key: both or neither."""
+    def add(self, requests: int, tokens: Sequence[int], key: str | None = None, body: bytes | None = None) -> None:
+        """Add usage, and keep a packed response if it has a key: both or neither."""
         with writing(self._file), self._database as database:
             if key is not None and body is not None:
                 database.execute("INSERT OR REPLACE INTO responses VALUES (?, ?)", (key, body))

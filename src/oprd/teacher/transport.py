@@ -8,7 +8,7 @@ import re
 import urllib.parse
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import aclosing, closing, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
@@ -30,6 +30,8 @@ MAX_LOST_SHARE = 0.1
 REFUSED_REQUEST = frozenset({400, 413, 422})
 # statuses after which the model may have generated everything all the same
 UNKNOWN_OUTCOME = frozenset({408, 502, 504})
+# all that is sent of what the openai client and its environment variables (OPENAI_ORG_ID, ...) put into a request
+HEADERS = frozenset({"host", "content-type", "content-length", "user-agent"})
 NO_CONNECTION = "no connection", "Is it running, is base_url right? Start it and resume: nothing is paid twice"
 
 
@@ -64,10 +66,12 @@ class ServerSection(Section):
     @model_validator(mode="after")
     def _check_server(self) -> "ServerSection":
         address = urllib.parse.urlsplit(self.base_url)
-        if address.scheme not in {"http", "https"} or not address.hostname or "@" in address.netloc:
-            raise ValueError("base_url must look like http://host:port/v1, without a password in it")
-        if self.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
-            raise ValueError("api_key_env must be the name of an environment variable, such as OPENAI_API_KEY")
+        if address.scheme not in {"http", "https"} or not address.hostname or set("@?#") & set(self.base_url):
+            raise ValueError("base_url must look like http://host:port/v1, without a password, ? or # in it")
+        if self.api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env):
+            raise ValueError(
+                "api_key_env must be the name of an environment variable in capitals, such as OPENAI_API_KEY"
+            )
         if self.price_per_million is not None and len(self.price_per_million) != 2:
             raise ValueError("price_per_million must be two prices: [prompt, completion]")
         if self.max_cost is not None and not any(self.price_per_million or ()):
@@ -102,9 +106,11 @@ class Transport:
         self, server: ServerSection, *, cache: Path, account: tuple[str, str, int], world_size: int = 1, seed: int = 0
     ) -> None:
         self._server, self._cache, self._account, self._seed = server, cache, account, seed
-        self._key = None if server.api_key_env is None else os.environ.get(server.api_key_env, "")
+        self._key = None if server.api_key_env is None else os.environ.get(server.api_key_env, "").strip()
         if self._key == "":
             raise ConfigError(f"api_key_env names the environment variable {server.api_key_env}, which is not set")
+        if not re.fullmatch(r"[!-~]*", self._key or ""):
+            raise ConfigError(f"the key in {server.api_key_env} has characters that no HTTP header can hold")
         self._counts: Counter[str] = Counter()
         cache.parent.mkdir(parents=True, exist_ok=True)
         with closing(UsageLog(cache, account)) as log:
@@ -200,10 +206,10 @@ class _Step(openai.DefaultAsyncHttpxClient):
     async def _chain(self, api: openai.AsyncOpenAI, chain: Sequence[_Draft]) -> None:
         async with self._free:  # a chain is finished once it is begun: its prefixes come while the server has them
             for draft in chain:
-                if (known := self._log.find(draft.key)) is None:
+                draft.response = self._log.find(draft.key, draft.request)
+                if draft.response is None:
                     await self._ask(api, draft)
                 else:
-                    draft.response = read_response(known, draft.request)
                     self._counts["cache_hits"] += 1
 
     async def _ask(self, api: openai.AsyncOpenAI, draft: _Draft) -> None:
@@ -211,8 +217,7 @@ class _Step(openai.DefaultAsyncHttpxClient):
         path = "/completions" if draft.request.endpoint == "completions" else "/chat/completions"
         body = {"model": self._server.model, **draft.request.body, "seed": draft.seed}
         try:
-            # by the key alone, without an admin key that the environment may hold
-            await api.post(path, cast_to=httpx2.Response, body=body, options={"security": {"bearer_auth": True}})
+            await api.post(path, cast_to=httpx2.Response, body=body)
         except openai.OpenAIError:
             what, advice = draft.failure
             if advice and self.stop is None:
@@ -227,15 +232,15 @@ class _Step(openai.DefaultAsyncHttpxClient):
         draft.attempts += 1
         try:
             async with asyncio.timeout(self._server.timeout_s):
-                answer = await super().send(request, **kwargs)
+                answer = await self._receive(request, draft.request)
             if answer.is_success:
-                draft.response, body = read_response(answer.text, draft.request), answer.text
-                used = draft.response.used
+                draft.response = read_response(answer.content, draft.request)
+                body, used = draft.response.pack(), draft.response.used
             else:
                 draft.failure = self._explain(answer)
                 used = bound if answer.status_code in UNKNOWN_OUTCOME else Tokens(0, 0)
         except BadResponseError as error:
-            draft.failure, used = (str(error), ""), error.used
+            draft.failure, used = (self._hide_key(str(error)), ""), error.used
             if not error.final:
                 raise httpx2.RequestError("") from None  # which the client retries
         except TimeoutError:
@@ -252,6 +257,21 @@ class _Step(openai.DefaultAsyncHttpxClient):
             self._counts.update(prompt_tokens=used.prompt, completion_tokens=used.completion)
             self._log.add(0, (used.prompt - bound.prompt, used.completion - bound.completion), draft.key, body)
         return answer
+
+    async def _receive(self, request: httpx2.Request, asked: Request) -> httpx2.Response:
+        """The server's own answer: never another host's, never compressed, never larger than a response can be."""
+        headers = {name: value for name, value in request.headers.items() if name in HEADERS}
+        headers |= {"authorization": f"Bearer {self._key or 'none'}", "accept-encoding": "identity"}
+        request.headers = httpx2.Headers(headers)
+        answer = await super().send(request, stream=True, follow_redirects=False)
+        content = bytearray()
+        async with aclosing(answer), aclosing(answer.aiter_raw()) as parts:
+            async for part in parts:
+                content += part
+                if len(content) > asked.most_bytes:
+                    raise BadResponseError(f"a body of more than {asked.most_bytes} bytes", asked.upper_bound)
+        pause = {name: value for name, value in answer.headers.items() if name.startswith("retry-after")}
+        return httpx2.Response(answer.status_code, headers=pause, content=bytes(content), request=request)
 
     async def _reserve(self, bound: Tokens) -> None:
         """Book an attempt before it is sent. If it could pass a budget, wait until those under way turn out cheaper."""
@@ -276,10 +296,10 @@ class _Step(openai.DefaultAsyncHttpxClient):
 
     def _explain(self, answer: httpx2.Response) -> tuple[str, str]:
         """What a status says went wrong, and what to do about it where that concerns every request."""
-        status, said = answer.status_code, answer.text
-        if self._key:
-            said = said.replace(self._key, "[key]")  # before the cut, which would leave a part of it
-        said = f"HTTP {status}: {' '.join(said.split())[:200]}"
+        status, said = answer.status_code, self._hide_key(answer.content.decode(errors="replace"))
+        said = f"HTTP {status}: {' '.join(said.split())[:200]}"  # cut behind the key, no part of which is left so
+        if 300 <= status < 400:
+            return said, "It redirects to another address; if you trust that one, give it as base_url"
         if status == 429:
             said = f"too many requests, {said} (Retry-After: {answer.headers.get('retry-after', 'none')})"
             return said, "Lower concurrency or wait, then resume: nothing is paid twice"
@@ -288,3 +308,6 @@ class _Step(openai.DefaultAsyncHttpxClient):
             return said, f"Check the key in the environment variable that api_key_env names ({name})"
         passes = status >= 500 or status in REFUSED_REQUEST | {408, 409}
         return said, "" if passes else "The server refuses what this recipe asks for"
+
+    def _hide_key(self, said: str) -> str:
+        return said.replace(self._key, "[key]") if self._key else said
