@@ -1,6 +1,7 @@
 """Fixtures: the miniature models and their data, SmolLM2-135M from its PyPI package, and real problems."""
 
 import runpy
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,14 @@ from oprd.models.language_model import LanguageModel
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "src" / "oprd" / "demo" / "models"
 DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals_as_in_a_terminal():
+    """A job in the background starts with some signals ignored, and its children inherit that."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

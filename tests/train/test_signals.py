@@ -110,7 +110,7 @@ main()
 """
 PLACES = {
     "loading": ("train", "oprd.train.setup", "load_student", signal.SIGTERM),
-    "checking": ("train", "oprd.train.setup", "load_prompts", signal.SIGHUP),
+    "checking": ("train", "oprd.train.setup", "Prompts", signal.SIGHUP),
     "resuming": ("train", "oprd.train.loop", "whole_checkpoint", signal.SIGINT),
     "fitting a bridge": ("fit-bridge", "oprd.train.fit_bridge", "fit", signal.SIGQUIT),
     "loading for eval": ("eval", "oprd.evaluate.evaluate", "load_frozen", signal.SIGTERM),

@@ -207,8 +207,12 @@ def load_student(config: StudentConfig, given: CausalLM | None = None, *, seed: 
     without_router_losses(model)
     if config.lora is not None:
         model = _add_lora(cast(PreTrainedModel, model), config.lora, seed)
-    if is_peft(model):
-        _refuse_prompt_learning(model)
+    for name, adapter in cast(Any, model).peft_config.items() if is_peft(model) else ():
+        if adapter.is_prompt_learning:
+            raise ModelError(
+                f"adapter {name!r} is {adapter.peft_type.value}: it works by extra positions, which tapping hidden states "
+                "off the blocks would bypass. Use LoRA or full weights"
+            )
     return model
 
 
@@ -306,15 +310,6 @@ def _add_lora(model: PreTrainedModel, config: LoraSection, seed: int) -> PeftMod
             return cast(PeftModel, get_peft_model(model, peft_config))
     except ValueError as error:
         raise ConfigError(f"student.lora: {_first_line(error)}") from error
-
-
-def _refuse_prompt_learning(model: Any) -> None:
-    for name, adapter in model.peft_config.items():
-        if adapter.is_prompt_learning:
-            raise ModelError(
-                f"adapter {name!r} is {adapter.peft_type.value}: it works by extra positions, which tapping hidden states "
-                "off the blocks would bypass. Use LoRA or full weights"
-            )
 
 
 def _config(model: str) -> Any:

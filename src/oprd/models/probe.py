@@ -20,6 +20,8 @@ PROMPT_LENGTHS, NEW = (3, 8), 4
 """Tokens of two prompts, the shorter of which is padded, and tokens behind each."""
 TOLERANCE = {torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Of a token's mean absolute difference relative to its mean absolute entry; the median over tokens."""
+EIGHT_BIT = 40.0
+"""Times as much for LLM.int8, which rounds activations by the batch they are in: up to 0.10 in float32, 0.15 in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,17 +53,18 @@ def check_family(lm: LanguageModel, use: Use) -> None:
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise ModelError(f"{name}: reading or writing a few tokens fails: {error}") from error
     first = 0 if starts_with_block_1(core.config) else 1
+    share = EIGHT_BIT if getattr(core, "is_loaded_in_8bit", False) else 1.0
     for at, spec in enumerate(specs):
         theirs = [out.hidden_states[-1 if spec == specs[-1] else first + at][0] for out in own]
-        _compare_rows(tapped[spec], theirs, f"{name}: the hidden states of block {spec.block}")
+        _compare_rows(tapped[spec], theirs, f"{name}: the hidden states of block {spec.block}", share)
     _compare(shallow, tapped[deepest], f"{name}: the hidden states of block {deepest.block} without deeper blocks")
     if use.taps.head:
         ours = logits(tapped[specs[-1]], replace(lm.head(), stops=()))
         what = f"{name}: the logits, which objectives on hidden states with health_tokens=0 do not need,"
-        _compare_rows(ours, [out.logits[0] for out in own], what)
+        _compare_rows(ours, [out.logits[0] for out in own], what, share)
     for ours, theirs, length in zip(written, own, PROMPT_LENGTHS, strict=False):
         what = f"{name}: the logits of its cached generation from padded prompts"
-        _compare(ours, theirs.logits[0, length - 1 : -1], what)
+        _compare(ours, theirs.logits[0, length - 1 : -1], what, share)
 
 
 def freeze_unreached(lm: LanguageModel, taps: Taps) -> None:
@@ -126,15 +129,15 @@ def _write(lm: LanguageModel) -> tuple[list[Tensor], list[Tensor]]:
     return rows, list(torch.stack(out.logits, 1))
 
 
-def _compare_rows(ours: Tensor, theirs: Sequence[Tensor], what: str) -> None:
+def _compare_rows(ours: Tensor, theirs: Sequence[Tensor], what: str, share: float) -> None:
     """`ours`: at all completion tokens of the rows; `theirs`: at all tokens of each."""
     for part, row, length in zip(ours.split(NEW), theirs, PROMPT_LENGTHS, strict=True):
-        _compare(part, row[length:], what)
+        _compare(part, row[length:], what, share)
 
 
-def _compare(ours: Tensor, theirs: Tensor, what: str) -> None:
+def _compare(ours: Tensor, theirs: Tensor, what: str, share: float = 1.0) -> None:
     if ours.shape == theirs.shape and ours.dim() == 2:
         difference = (ours.float() - theirs.float()).abs().mean(-1) / theirs.float().abs().mean(-1)
-        if float(difference.median()) <= TOLERANCE.get(theirs.dtype, 5e-3):
+        if float(difference.median()) <= min(0.4, share * TOLERANCE.get(theirs.dtype, 5e-3)):
             return
     raise ModelError(f"{what} are not those of its own forward pass; this family is not supported")
