@@ -8,7 +8,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig
 
 from conftest import load_miniature
-from oprd.data.chat import end_of_turn, fill, render, stop_ids, with_prompt
+from oprd.data.chat import decode, end_of_turn, fill, render, stop_ids, with_prompt
 from oprd.data.prompts import DataConfig, Prompts, PromptSampler, load_prompts
 from oprd.errors import DataError
 from oprd.types import Message
@@ -206,3 +206,10 @@ def test_only_the_rows_in_use_are_read_and_any_change_of_the_file_is_noticed(tmp
         write_rows(path, changed)
         digests.add(Prompts(DataConfig(prompts=str(path)), tokenizer, context=256, room=64).digest(seed=0))
     assert len(digests) == 3
+
+
+def test_a_template_that_reads_a_list_of_parts_gets_one(base):
+    base.tokenizer.chat_template = "{% for m in messages %}{% for part in m['content'] %}<|{{ m.role }}|>{{ part['text'] }}{% endfor %}{% endfor %}"
+    assert decode(base.tokenizer, render(base.tokenizer, (Message(role="user", content="1+2"),)), special=True) == (
+        "<|user|>1+2"
+    )

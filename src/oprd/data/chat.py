@@ -2,9 +2,8 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
-from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from oprd.errors import DataError
@@ -75,7 +74,10 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | 
     """Every token that ends the assistant's turn: the generation config's (often several), the tokenizer's
     end-of-text, and the first special token the chat template puts after an assistant message."""
     eos = None if generation is None else generation.eos_token_id
-    named = (*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, _after_assistant(tokenizer))
+    given: list[Any] = eos if isinstance(eos, list) else [eos]
+    if odd := [token for token in given if token is not None and (type(token) is not int or token < 0)]:
+        raise DataError(f"the generation config's eos_token_id is {odd[0]!r}, which is no token id; correct it")
+    named = (*given, tokenizer.eos_token_id, _after_assistant(tokenizer))
     found = {cast(int, token) for token in named if token is not None}
     if not found:
         raise DataError("the tokenizer and the generation config name no stop token; completions would never end")
@@ -93,7 +95,10 @@ def _after_assistant(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     marker = "1"
     turns = (Message(role="user", content=marker), Message(role="assistant", content=marker))
-    text = _apply_template(tokenizer, turns, add_generation_prompt=False)
+    try:
+        text = _apply_template(tokenizer, turns, add_generation_prompt=False)
+    except DataError:  # a template for prompts alone
+        return None
     after = text[text.rindex(marker) + len(marker) :]
     special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     return next((i for i in encode(tokenizer, after) if i in special), None)
@@ -102,10 +107,19 @@ def _after_assistant(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def _apply_template(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool
 ) -> str:
-    turns = [{"role": turn.role, "content": turn.content} for turn in messages]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
-        roles = ", ".join(turn.role for turn in messages)
-        raise DataError(f"the chat template refuses a conversation of the roles {roles}: {error}") from error
-    return cast(str, text)
+    """The conversation as text. Raises DataError if the template refuses it or leaves its last message out."""
+    refusal: Exception | str = "it leaves the last message out"
+    for in_parts in (False, True):  # some templates read a list of parts only
+        turns = [
+            {"role": turn.role, "content": [{"type": "text", "text": turn.content}] if in_parts else turn.content}
+            for turn in messages
+        ]
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+        except Exception as error:  # a template is a program, which may raise anything
+            refusal = refusal if in_parts else error
+            continue
+        if messages[-1].role == "tool" or messages[-1].content.strip() in cast(str, text):
+            return cast(str, text)
+    roles = ", ".join(turn.role for turn in messages)
+    raise DataError(f"the chat template refuses a conversation of the roles {roles}: {refusal}")
