@@ -3,21 +3,26 @@
 import copy
 import json
 import os
+import shutil
 import sys
 from collections import Counter
 
 import datasets
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import MODELS, ROOT, load_miniature, miniature_recipe
 from oprd.cli import main
+from oprd.data.chat import render
 from oprd.data.prompts import DataConfig, load_prompts
-from oprd.errors import ConfigError, DataError, OprdError
+from oprd.errors import ConfigError, DataError, ModelError, OprdError
 from oprd.files import read_yaml
+from oprd.models.loading import ModelFacts, load_frozen
 from oprd.recipe import load_recipe, parse_recipe, recipe_to_yaml
+from oprd.types import Message
 
 CASES = int(os.environ.get("OPRD_FUZZ", "0"))
 TALLY: Counter[str] = Counter()
@@ -343,3 +348,56 @@ def test_rows_that_no_parser_takes_are_refused_with_their_line(tmp_path, tokeniz
         (tmp_path / "d.jsonl").write_text('{"problem": "1+1"}\n\n' + line + "\n")
         with pytest.raises(DataError, match=f"d.jsonl:3: .*{reason}"):
             load_prompts(DataConfig(prompts=str(tmp_path / "d.jsonl")), tokenizer, context=512, room=64)
+
+
+FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+SMALL = (
+    st.integers(-2, 9) | st.sampled_from(["x", None, True, [], {}, [1], "\ud800", 0.5, -1e308]) | st.text(max_size=4)
+)
+"""Values that ask for no model of gigabytes."""
+CODE = [
+    "{{ 1/0 }}", "{{ messages[9].x.y }}", "{{ 'x' + 1 }}", "{% for", "{{ 2.0 ** 9999 }}", "{{ raise_exception('no') }}",
+    "{{ range(10**9) }}", "{{ x() }}", "{{ messages | tojson | tojson }}", "}}", "\0", "{{ ''.__class__ }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% include 'x' %}", "{{ '%d' % 'x' }}", "{{ none[0] }}",
+]  # fmt: skip
+
+
+def use_folder(folder):
+    """What a run does with a folder: its facts, prompts in its template, its weights, checked."""
+    facts = ModelFacts.read(str(folder))
+    turns = [Message(role="system", content="s"), Message(role="user", content="1+1")]
+    assert all(0 <= i < facts.vocabulary for i in render(facts.tokenizer, turns))
+    load_frozen(str(folder), facts.tokenizer, torch.device("cpu"), dtype=torch.float32)
+
+
+@cases(60)
+@given(st.data())
+def test_a_model_folder_with_a_broken_file_is_used_or_refused(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp() / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(MODELS / "base", folder)
+    path = folder / data.draw(st.sampled_from([*FILES, "config.json", "model.safetensors"]))
+    how = data.draw(st.sampled_from(["edit", "edit", "bytes", "cut", "remove"]))
+    if how == "edit" and path.suffix == ".json":
+        tree = json.loads(path.read_text())
+        for _ in range(data.draw(st.integers(1, 2))):
+            parent, key = data.draw(st.sampled_from(list(places_in(tree))))
+            parent[key] = copy.deepcopy(data.draw(SMALL))
+        path.write_text(json.dumps(tree))
+    elif how == "edit" and path.suffix == ".jinja":
+        text = path.read_text()
+        at = data.draw(st.integers(0, len(text)))
+        path.write_text(text[:at] + data.draw(st.sampled_from(CODE)) + text[at + data.draw(st.integers(0, 9)) :])
+    elif how == "remove":
+        path.unlink()
+    else:
+        whole = path.read_bytes()
+        at = data.draw(st.integers(0, min(len(whole), 2000)))
+        junk = b"" if how == "cut" else data.draw(st.binary(min_size=1, max_size=8))
+        path.write_bytes(whole[:at] + junk + (b"" if how == "cut" else whole[at + len(junk) :]))
+    try:
+        use_folder(folder)
+    except (ModelError, DataError) as error:
+        refused(f"folder {path.name}", error, *([folder] if isinstance(error, ModelError) else []))
+    else:
+        TALLY[f"folder {path.name} right"] += 1

@@ -13,7 +13,7 @@ from conftest import MODELS
 from oprd.data.alignment import UNSTABLE_TOKENS, Aligner, TokenBytes
 from oprd.data.chat import encode, end_of_turn, stop_ids
 from oprd.errors import TeacherMismatch
-from oprd.models.loading import load_tokenizer
+from oprd.models.pretrained import load_tokenizer
 
 TEXTS = [
     "the cat sat on the mat",

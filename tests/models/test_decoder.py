@@ -8,7 +8,7 @@ from conftest import MODELS
 from oprd.errors import ModelError
 from oprd.losses.chunked import logits
 from oprd.models.language_model import LanguageModel
-from oprd.models.loading import load_tokenizer
+from oprd.models.pretrained import load_tokenizer
 from oprd.models.probe import freeze_unreached
 from oprd.types import Batch, HiddenSpec, Taps, TokenSelection
 

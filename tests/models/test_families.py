@@ -8,7 +8,8 @@ from conftest import MODELS
 from oprd.errors import ModelError
 from oprd.models.families import without_router_losses
 from oprd.models.language_model import LanguageModel
-from oprd.models.loading import ModelFacts, load_tokenizer
+from oprd.models.loading import ModelFacts
+from oprd.models.pretrained import load_tokenizer
 from oprd.models.probe import EVERYTHING, Use, check_family, freeze_unreached
 from oprd.types import ALL_TOKENS, Batch, HiddenSpec, Taps
 

@@ -9,7 +9,8 @@ from families_tiny import make_model
 
 from conftest import MODELS
 from oprd.errors import ModelError
-from oprd.models.loading import ModelFacts, StudentConfig, load_frozen, load_student, load_tokenizer
+from oprd.models.loading import ModelFacts, StudentConfig, load_frozen, load_student
+from oprd.models.pretrained import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from families_tiny import make_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from conftest import MODELS, miniature_recipe
-from oprd.models.loading import load_tokenizer
+from oprd.models.pretrained import load_tokenizer
 from oprd.recipe import parse_recipe
 from oprd.train.run import run_recipe
 

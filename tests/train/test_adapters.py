@@ -87,7 +87,7 @@ def test_an_adapter_may_be_given_without_a_tokenizer_of_its_own(first, tmp_path,
 
 
 def test_a_fresh_adapter_on_an_adapter_is_refused_before_loading(first, tmp_path, train_file, monkeypatch):
-    monkeypatch.setattr("oprd.models.loading._load", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("oprd.models.loading.load_weights", lambda *_, **__: pytest.fail("weights were loaded"))
     tree = miniature_recipe(tmp_path / "run", train_file, student={"model": str(first), "lora": {"r": 4}})
     bridge = {"objective": {"type": "oprd_bridge", "bridge": str(tmp_path / "b.safetensors")}}
     for start in (lambda: setup(parse_recipe(tree)), lambda: fit_bridge(parse_recipe(tree | bridge))):

@@ -1,27 +1,21 @@
 """From names to models: what a config says before weights are loaded, loading, and what two models have in common."""
 
 import copy
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
     BitsAndBytesConfig,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from oprd.data.chat import decode, render, stop_ids
 from oprd.errors import ConfigError, ModelError
@@ -34,6 +28,16 @@ from oprd.models.families import (
     without_router_losses,
 )
 from oprd.models.language_model import CausalLM, FrozenModel, LanguageModel, is_peft
+from oprd.models.pretrained import (
+    base_of,
+    check_files,
+    in_short,
+    load_tokenizer,
+    load_weights,
+    naming,
+    read_config,
+    read_generation_config,
+)  # fmt: skip
 from oprd.models.probe import EVERYTHING, Use, check_family
 from oprd.progress import console
 from oprd.section import Field, Listed, PositiveInt, Section
@@ -98,24 +102,24 @@ class ModelFacts:
     def read(cls, model: str | CausalLM, tokenizer: PreTrainedTokenizerBase | None = None) -> Self:
         """Facts of a model given by folder, Hub name or object. Raises ModelError when there are none to read."""
         name = _name_of(model)
-        try:
-            config = _config(model) if isinstance(model, str) else model.config
+        with naming(f"cannot read the config of {name!r}"):
+            config = read_config(model) if isinstance(model, str) else model.config
             refuse_family(config, name)
             empty = _without_weights(config) if isinstance(model, str) else model
-        except ModelError:
-            raise
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"cannot read the config of {name!r}: {_first_line(error)}") from error
-        text = config.get_text_config()
+            text = config.get_text_config()
         tokenizer = tokenizer or load_tokenizer(name)
-        stops = stop_ids(tokenizer, _generation_config(model))
-        in_template = render(tokenizer, (Message(role="user", content="1"),))
+        with naming(f"cannot use the tokenizer or the generation config of {name!r}"):
+            own = read_generation_config(model) if isinstance(model, str) else cast(Any, model).generation_config
+            stops = stop_ids(tokenizer, own)
+            in_template = render(tokenizer, (Message(role="user", content="1"),))
         most = max(*stops, *in_template, cast(int, tokenizer.pad_token_id or 0))
         if most >= text.vocab_size:
             raise ModelError(
                 f"{name}: {decode(tokenizer, (most,), special=True)!r} is token {most}, but the embedding has "
                 f"{text.vocab_size} rows; call resize_token_embeddings and save the model, or use another token"
             )
+        if isinstance(model, str):
+            check_files(model)
         return cls(
             name=name,
             blocks=text.num_hidden_layers,
@@ -125,7 +129,7 @@ class ModelFacts:
             parameters=sum(parameter.numel() for parameter in empty.parameters()),
             tokenizer=tokenizer,
             stop_ids=stops,
-            adapter=_base_of(model) != model if isinstance(model, str) else is_peft(model),
+            adapter=base_of(model) != model if isinstance(model, str) else is_peft(model),
         )
 
 
@@ -182,25 +186,12 @@ def tokenizer_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
     return None
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or Hub name. Raises ModelError saying what was tried."""
-    try:
-        try:
-            return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        except (OSError, ValueError):
-            if (base := _base_of(model)) == model:
-                raise
-            return load_tokenizer(base)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load a tokenizer from {model!r}: {_first_line(error)}") from error
-
-
 def load_student(config: StudentConfig, given: CausalLM | None = None, *, seed: int = 0) -> CausalLM:
     """The student in float32, with its adapter if the recipe has one. `given` replaces loading by name, `seed` draws a new
     adapter's weights."""
     if given is None:
-        attention = None if config.attn_implementation == "auto" else config.attn_implementation
-        model = _load(config.model, dtype=torch.float32, attn_implementation=attention, is_trainable=True)
+        kernel = {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
+        model = load_weights(config.model, trainable=True, dtype=torch.float32, **kernel)
     else:
         model = given.float()
     check_finite(model, config.model)
@@ -229,7 +220,7 @@ def load_frozen(
     """A model that is never trained, in its own dtype, checked in what is used of it."""
     name = _name_of(model)
     if isinstance(model, str):
-        loaded = _load(model, dtype=dtype, quantization_config=_quantized(quantization))
+        loaded = load_weights(model, dtype=dtype, **_quantized(quantization))
         if not (use.taps.head or use.text):
             _drop_head(loaded)
         loaded = loaded if quantization is not None else loaded.to(device)
@@ -261,26 +252,12 @@ def check_finite(model: nn.Module, name: str) -> None:
             )
 
 
-def _load(model: str, **kwargs: Any) -> Any:
-    trainable = kwargs.pop("is_trainable", False)
-    try:
-        base = _base_of(model)
-        if base != model:  # an adapter on its base; trainable, it continues as an adapter
-            return PeftModel.from_pretrained(_load(base, **kwargs), model, is_trainable=trainable)
-        given = {key: value for key, value in kwargs.items() if value is not None}
-        return auto_class(_config(model)).from_pretrained(model, trust_remote_code=False, **given)
-    except ImportError as error:
-        raise ModelError(f"loading {model!r} needs a package that is not installed: {_first_line(error)}") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load model {model!r}: {_first_line(error)}") from error
-
-
-def _quantized(bits: Literal["8bit", "4bit"] | None) -> BitsAndBytesConfig | None:
+def _quantized(bits: Literal["8bit", "4bit"] | None) -> dict[str, Any]:
     if bits is None:
-        return None
+        return {}
     # it says once per layer and forward pass that inputs are cast, which is what was asked for
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    return BitsAndBytesConfig(load_in_8bit=bits == "8bit", load_in_4bit=bits == "4bit")
+    return {"quantization_config": BitsAndBytesConfig(load_in_8bit=bits == "8bit", load_in_4bit=bits == "4bit")}
 
 
 def _drop_head(model: PreTrainedModel) -> None:
@@ -309,20 +286,7 @@ def _add_lora(model: PreTrainedModel, config: LoraSection, seed: int) -> PeftMod
             torch.manual_seed(derive_seed(seed, "lora"))
             return cast(PeftModel, get_peft_model(model, peft_config))
     except ValueError as error:
-        raise ConfigError(f"student.lora: {_first_line(error)}") from error
-
-
-def _config(model: str) -> Any:
-    return AutoConfig.from_pretrained(_base_of(model), trust_remote_code=False)
-
-
-def _generation_config(model: str | CausalLM) -> GenerationConfig | None:
-    if not isinstance(model, str):
-        return cast(Any, model).generation_config
-    try:
-        return GenerationConfig.from_pretrained(_base_of(model))
-    except OSError:  # the model has none
-        return None
+        raise ConfigError(f"student.lora: {in_short(error)}") from error
 
 
 def _name_of(model: str | CausalLM) -> str:
@@ -330,19 +294,6 @@ def _name_of(model: str | CausalLM) -> str:
     return model if isinstance(model, str) else str(getattr(model, "name_or_path", None) or "")
 
 
-def _base_of(model: str) -> str:
-    """The model an adapter is for; other models are their own base."""
-    adapter = find_adapter_config_file(model)
-    return model if adapter is None else str(json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"])
-
-
 def _without_weights(config: Any) -> nn.Module:
     with torch.device("meta"):
         return cast(nn.Module, auto_class(config).from_config(config, trust_remote_code=False))
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    if "trust_remote_code" in text:
-        return "it needs code from its own folder, and oprd runs none (trust_remote_code is always False)"
-    return text.split("\n")[0]

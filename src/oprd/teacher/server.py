@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from oprd.data.chat import decode, encode, render
 from oprd.errors import ServerError
-from oprd.models.loading import PROBE_TEXTS, ModelFacts, load_tokenizer, tokenizer_difference
+from oprd.models.loading import PROBE_TEXTS, ModelFacts, tokenizer_difference
+from oprd.models.pretrained import load_tokenizer
 from oprd.teacher.base import (
     Chains,
     Generation,

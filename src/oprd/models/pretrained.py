@@ -1,0 +1,112 @@
+"""Config, tokenizer and weights by folder or Hub name. A file that is missing, broken or would run code is a ModelError."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from oprd.errors import DataError, ModelError
+from oprd.models.families import auto_class
+
+MOST_SHOWN = 400
+"""Letters of another library's error that are shown."""
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub name. Raises ModelError saying what was tried."""
+    with naming(f"cannot load a tokenizer from {model!r}"):
+        try:
+            return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        except (OSError, ValueError):
+            if (base := base_of(model)) == model:
+                raise
+            return load_tokenizer(base)
+
+
+def load_weights(model: str, *, trainable: bool = False, **given: Any) -> Any:
+    """The model of a folder or Hub name, an adapter on its base. `given` goes to `from_pretrained`. No pickle is read."""
+    with naming(f"cannot load model {model!r}"):
+        base = base_of(model)
+        if base != model:  # trainable, it continues as an adapter
+            loaded = load_weights(base, **given)
+            return PeftModel.from_pretrained(loaded, model, is_trainable=trainable, use_safetensors=True)
+        loaded, info = auto_class(read_config(model)).from_pretrained(
+            model, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **given
+        )
+        if missing := sorted(info["missing_keys"]):
+            raise ModelError(
+                f"{model}: its files lack {len(missing)} weights, the first is {missing[0]}; transformers would draw them "
+                "at random. Download or save the model again"
+            )
+        return loaded
+
+
+def read_config(model: str) -> Any:
+    """The config, of an adapter that of its base."""
+    return AutoConfig.from_pretrained(base_of(model), trust_remote_code=False)
+
+
+def read_generation_config(model: str) -> GenerationConfig | None:
+    """The generation config; None where the model has none."""
+    base = base_of(model)
+    try:
+        return GenerationConfig.from_pretrained(base)
+    except OSError:
+        if (Path(base) / "generation_config.json").exists():  # broken
+            raise
+        return None
+
+
+def check_files(model: str) -> None:
+    """Raise ModelError for a folder that lacks a file of weights, or has one that is cut; only headers are read."""
+    for name, stem in {model: "adapter_model", base_of(model): "model"}.items():
+        whole, index = Path(name, f"{stem}.safetensors"), Path(name, f"{stem}.safetensors.index.json")
+        if not Path(name).is_dir():
+            continue
+        if not whole.exists() and not index.exists():
+            raise ModelError(
+                f"{name} holds no {whole.name}; weights in another format may run code. Save them by transformers' or PEFT's "
+                "save_pretrained"
+            )
+        with naming(f"cannot read the weights in {name!r}"):
+            shards = [whole.name] if whole.exists() else json.loads(index.read_text("utf-8"))["weight_map"].values()
+            for shard in sorted(set(shards)):
+                with safe_open(Path(name, shard), "pt"):
+                    pass
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Makes every error a ModelError: what the libraries raise over broken files has no class in common."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except DataError as error:
+        raise ModelError(f"{what}: {error}") from error
+    except Exception as error:
+        raise ModelError(f"{what}: {in_short(error)}") from error
+
+
+def base_of(model: str) -> str:
+    """The model an adapter is for; other models are their own base."""
+    adapter = find_adapter_config_file(model)
+    return model if adapter is None else str(json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"])
+
+
+def in_short(error: Exception) -> str:
+    """What another library's error says, in a line, and what to do."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return "it needs code from its own folder, and oprd runs none (trust_remote_code is always False)"
+    if isinstance(error, ImportError):
+        return f"a package that it needs is not installed: {text[:MOST_SHOWN]}"
+    if isinstance(error, OSError | ValueError):
+        return text[:MOST_SHOWN]
+    return f"{type(error).__name__}: {text[:MOST_SHOWN]}. A file of it seems to be broken; download or save the model again"
