@@ -1,6 +1,7 @@
 """Scores: by hand, by brute force, by simulation."""
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -28,8 +29,25 @@ def test_a_majority_by_hand_with_ties_and_without_votes():
 
 def test_distinct_4_by_hand():
     # 1234 2341 3412 4123 1234: five 4-grams, four of them distinct
-    assert metrics.distinct_n([[1, 2, 3, 4, 1, 2, 3, 4]]) == 4 / 5
-    assert metrics.distinct_n([[1, 2], []]) == 0.0
+    assert metrics.distinct_n([np.array([1, 2, 3, 4, 1, 2, 3, 4])]) == 4 / 5
+    assert metrics.distinct_n([np.array([1, 2]), np.array([], int)]) == 0.0
+    assert metrics.distinct_n([]) == 0.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.sampled_from([0, 1, 2**18]), max_size=9), max_size=6), st.integers(1, 5))
+def test_distinct_n_counts_the_n_grams_within_completions(completions, n):
+    grams = [tuple(ids[i : i + n]) for ids in completions for i in range(len(ids) - n + 1)]
+    rows = [np.array(ids, np.int32) for ids in completions]
+    assert metrics.distinct_n(rows, n) == len(set(grams)) / max(1, len(grams))
+
+
+def test_distinct_4_of_a_million_tokens_takes_forty_bytes_each():
+    ids = np.random.default_rng(0).integers(0, 150_000, 1_000_000)
+    tracemalloc.start()
+    assert metrics.distinct_n([ids]) == 1.0
+    assert tracemalloc.get_traced_memory()[1] < 40_000_000
+    tracemalloc.stop()
 
 
 @settings(max_examples=60, deadline=None)

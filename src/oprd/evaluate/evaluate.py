@@ -119,7 +119,13 @@ class Evaluator:
         together = zip(rollouts.prompts, rollouts.completion_ids, rollouts.finished, texts, verdicts, strict=True)
         return [
             {"row": prompt.row, "problem": prompt.messages[-1].content, "answer": prompt.answer, "completion": text}
-            | {"length": len(ids), "finished": finished, "ids": ids, "correct": verdict.correct, **asdict(verdict)}
+            | {
+                "length": len(ids),
+                "finished": finished,
+                "ids": np.array(ids, np.int32),
+                "correct": verdict.correct,
+                **asdict(verdict),
+            }
             for prompt, ids, finished, text, verdict in together
         ]
 
