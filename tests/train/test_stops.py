@@ -1,6 +1,7 @@
 """Student and teacher that end their texts with different tokens: either ends a completion, in training and ever after."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from transformers import GenerationConfig
 from conftest import load_miniature, miniature_recipe
 from oprd.models.loading import load_frozen
 from oprd.recipe import parse_recipe
+from oprd.train.loop import train
+from oprd.train.metrics import mass_on_stops
 from oprd.train.run import run_recipe
 from oprd.train.setup import setup
 from oprd.types import ALL_TOKENS, HiddenSpec, Taps
@@ -39,6 +42,29 @@ def test_the_stop_ids_of_both_end_a_completion_and_are_one_action(student, tmp_p
     assert read.head is not None
     assert read.head.stops == (OWN, TEACHERS)
     assert parts.method.teacher.model.lm.stop_ids == (OWN, TEACHERS)
+
+
+def test_the_first_step_says_how_probable_each_side_holds_each_stop(student, tmp_path, train_file, capfd):
+    """Held against the models' own forward passes over the same completions, one at a time."""
+    tree = miniature_recipe(
+        tmp_path / "run", train_file, student={"model": student}, micro_batch_tokens=64, max_steps=2
+    )
+    parts = setup(parse_recipe(tree))
+    written, _ = parts.method.collect(parts.sampler.batch(0), parts.recipe.rollout.sampling(samples=2), 1)
+    ended = [i for i, finished in enumerate(written.finished) if finished]
+    assert 1 < len(ended) < len(written)
+    said = []
+    for model in (load_miniature("base").model, load_miniature("teacher").model):
+        with torch.no_grad():
+            rows = [torch.tensor([[*written.prompts[i].token_ids, *written.completion_ids[i]]]) for i in ended]
+            mass = torch.stack([model(row).logits[0, -2].softmax(-1)[[OWN, TEACHERS]] for row in rows]).mean(0)
+        said.append(f"<|system|> {mass[0]:.3f}, <|end|> {mass[1]:.3f}")
+    capfd.readouterr()
+    train(parts)
+    out = " ".join(capfd.readouterr().err.split())
+    assert out.count(f"student {said[0]}; teacher {said[1]}.") == out.count("Mean probability") == 1
+    assert float(mass[1]) > 0.1
+    assert mass_on_stops(parts.method, replace(written, finished=(False,) * len(written))) == ""
 
 
 def test_models_that_stop_by_the_same_ids_are_left_as_they_are(tmp_path, train_file, capfd):

@@ -22,7 +22,7 @@ from oprd.recipe import recipe_to_yaml
 from oprd.seeds import derive_seed
 from oprd.train.checkpoint import checkpoints, forget_after, load_checkpoint, save_checkpoint, whole_checkpoint
 from oprd.train.interrupt import Interrupt
-from oprd.train.metrics import diagnostics, progress_note, some_samples, step_metrics
+from oprd.train.metrics import diagnostics, mass_on_stops, progress_note, some_samples, step_metrics
 from oprd.train.save import save_student, write_card
 from oprd.train.setup import Parts
 from oprd.train.validation import validate
@@ -141,6 +141,8 @@ def _step(parts: Parts, progress: Progress, bar: Bar) -> None:
     start, clock = time.perf_counter(), Clock(parts.ranks.device)
     with clock.section("rollout"):
         written, rollouts = _collect(parts, progress)
+    if step == 1 and recipe.health_tokens:
+        _tell_of_stops(parts, written)
     learning_rate = method.student.learning_rate
     updates = _updates(parts, rollouts, step, clock)
     update = mean_update(updates)
@@ -249,6 +251,12 @@ def _log(parts: Parts, progress: Progress, metrics: dict[str, float], clock: Clo
     parts.accelerator.log(row, step=progress.step)
     for sample in some_samples(parts.method, written):
         append_jsonl(parts.folder.samples, {"step": progress.step} | sample)
+
+
+def _tell_of_stops(parts: Parts, written: Rollouts) -> None:
+    note = mass_on_stops(parts.method, written) if parts.method.student.lm.pair_stops else ""
+    if note and parts.ranks.is_main:
+        console.print(note, markup=False, highlight=False)
 
 
 def _warn_of_truncation(parts: Parts, progress: Progress, share: float) -> None:

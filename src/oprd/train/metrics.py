@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch.nn.functional import cosine_similarity
 
 from oprd.algorithm import Distillation, Update, term_names
+from oprd.data.batching import split_by_tokens
 from oprd.data.chat import decode
 from oprd.distributed import Ranks
-from oprd.losses.chunked import logits
+from oprd.losses.chunked import logits, statistics
 from oprd.losses.divergences import entropy, shared, token_logprobs
-from oprd.types import ALL_TOKENS, HiddenSpec, HiddenStates, Metric, Rollouts, Taps
+from oprd.types import ALL_TOKENS, HiddenSpec, HiddenStates, Metric, Rollouts, Taps, TokenSelection
 
 OVERLAP_K = 16
 """Size of the top-k sets that are compared, as in arXiv:2604.13016."""
@@ -85,6 +87,39 @@ def diagnostics(method: Distillation, rollouts: Rollouts, tokens: int) -> dict[s
             "health/sampled_reverse_kl/mean": ratio / compared,
         }
     return found
+
+
+def mass_on_stops(method: Distillation, written: Rollouts) -> str:
+    """Mean probability of each stop id where the step's finished completions end, by the student and by its local teachers,
+    as text; empty if none ended or no teacher is local."""
+    lm, ranks, ends = method.student.lm, method.ranks, TokenSelection(keep="last", k=1)
+    spec = HiddenSpec(block="last", at="predicting", tokens=ends)
+    done = [i for i, finished in enumerate(written.finished) if finished]
+    # sharded: every rank makes as many passes
+    micros = split_by_tokens(written.take(done or [0]), method.micro_batch_tokens)
+    stops, taps = list(lm.stop_ids), Taps(hidden=(spec,), head=True)
+    sums = torch.zeros(2, len(stops) + 1, dtype=torch.float64)
+    for number in range(int(ranks.max(len(micros)))):
+        micro = micros[number % len(micros)]
+        models: list[HiddenStates | None] = [method.student.hidden(method.batch(micro), taps)]
+        if method.teacher.comparable(micro, (spec,)):
+            models.append(method.teacher.targets(micro, taps).teacher)
+        if not done or number >= len(micros):
+            continue
+        for total, states in zip(sums, models, strict=False):
+            assert states is not None
+            assert states.head is not None
+            head = replace(states.head, stops=())
+            mass = statistics(lambda p, *_: p.softmax(-1)[:, stops], states.hidden[spec], head)
+            total += torch.cat([mass.sum(0), mass.new_tensor([len(mass)])]).cpu()
+    sums = torch.tensor(ranks.sum(sums.flatten().tolist())).view_as(sums)
+    if not bool((sums[:, -1] > 0).all()):
+        return ""
+    student, teacher = (
+        ", ".join(f"{decode(lm.tokenizer, [i], special=True)} {x / n:.3f}" for i, x in zip(stops, row, strict=True))
+        for *row, n in sums.tolist()
+    )
+    return f"Mean probability where this step's completions end: student {student}; teacher {teacher}."
 
 
 def some_samples(method: Distillation, rollouts: Rollouts) -> list[dict[str, Any]]:
