@@ -1,10 +1,13 @@
 """Micro-batches, and the same completions in the tokens of either model."""
 
+from itertools import pairwise
+
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oprd.data.batching import rows_by_tokens, split_by_tokens, student_batch, teacher_batch
+from oprd.data.batching import MICRO_BATCH_COST, rows_by_tokens, split_by_tokens, student_batch, teacher_batch
 from oprd.types import Prompt, Rollouts, TokenAlignment
 
 CPU = torch.device("cpu")
@@ -24,6 +27,36 @@ def rollouts(sizes, teachers=None, **annotations):
 def test_similar_lengths_go_together_and_one_over_the_budget_goes_alone_by_hand():
     # padded sizes with the prompt: 3, 10, 4, 3, 21
     assert rows_by_tokens(rollouts([2, 9, 3, 2, 20]), budget=12) == [[4], [1], [2, 0, 3]]
+
+
+def test_uneven_rows_are_cut_where_padding_costs_more_than_a_micro_batch():
+    # sizes 301, 300, 11, 11: together 4 x 301, in two 2 x 301 + 2 x 11 + one more micro-batch
+    assert rows_by_tokens(rollouts([10, 300, 10, 299]), budget=10_000) == [[1, 3], [0, 2]]
+    # sizes 31, 11: apart saves 20 positions and costs 64
+    assert rows_by_tokens(rollouts([30, 10]), budget=10_000) == [[0, 1]]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=8), st.integers(1, 2000))
+def test_no_cut_of_the_sorted_rows_has_less_padding(sizes, budget):
+    def cost(groups):
+        return sum(len(group) * (1 + max(group)) + MICRO_BATCH_COST for group in groups)
+
+    ordered = sorted(sizes, reverse=True)
+    cuts = [[at for at in range(1, len(sizes)) if choice >> at & 1] for choice in range(0, 2 ** len(sizes), 2)]
+    ways = [[ordered[a:b] for a, b in pairwise([0, *cut, len(sizes)])] for cut in cuts]
+    allowed = [way for way in ways if all(len(g) == 1 or len(g) * (1 + max(g)) <= budget for g in way)]
+    ours = [[sizes[row] for row in rows] for rows in rows_by_tokens(rollouts(sizes), budget)]
+    assert cost(ours) == min(map(cost, allowed))
+
+
+def test_lengths_of_a_real_step_leave_little_padding():
+    """Log-normal completions, as a step writes them: nine in ten positions hold a token."""
+    generator = np.random.default_rng(0)
+    sizes = [int(x) for x in generator.lognormal(np.log(150) - 0.5, 1.0, 64).clip(1, 1024)]
+    rows = rollouts(sizes)
+    padded = sum(len(part) * (1 + max(part.lengths)) for part in split_by_tokens(rows, 16_384))
+    assert sum(size + 1 for size in sizes) / padded > 0.9
 
 
 def test_a_micro_batch_has_one_teacher():

@@ -8,6 +8,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from oprd.types import Batch, Rollouts
 
+MICRO_BATCH_COST = 64
+"""What a micro-batch costs beside its padded positions, in positions: measured as 25 to 60 on SmolLM2-135M."""
+
 
 def collate(
     prompt_ids: Sequence[Sequence[int]],
@@ -48,7 +51,7 @@ def teacher_batch(rollouts: Rollouts, *, pad_id: int, device: torch.device) -> B
 
 
 def split_by_tokens(rollouts: Rollouts, budget: int) -> list[Rollouts]:
-    """Micro-batches of at most `budget` padded positions, of one teacher each, similar lengths together.
+    """Micro-batches of at most `budget` padded positions, of one teacher each, with the least padding.
 
     A completion longer than the budget is a micro-batch of its own.
     """
@@ -56,14 +59,27 @@ def split_by_tokens(rollouts: Rollouts, budget: int) -> list[Rollouts]:
 
 
 def rows_by_tokens(rollouts: Rollouts, budget: int) -> list[list[int]]:
-    """Indices of the rollouts in each micro-batch of `split_by_tokens`."""
+    """Indices of the rollouts in each micro-batch of `split_by_tokens`.
+
+    Of all ways to cut the rows, sorted by length, the one with the fewest padded positions, MICRO_BATCH_COST for each
+    micro-batch included.
+    """
     sizes = [len(prompt.token_ids) + length for prompt, length in zip(rollouts.prompts, rollouts.lengths, strict=True)]
     teachers = [prompt.teacher for prompt in rollouts.prompts]
+    order = sorted(range(len(rollouts)), key=lambda i: (teachers[i] or "", -sizes[i], i))
+    cost, begins = [0], [0]  # of the best cut of the first n rows: positions, and where its last micro-batch begins
+    for stop in range(1, len(order) + 1):
+        best = (cost[stop - 1] + sizes[order[stop - 1]] + MICRO_BATCH_COST, stop - 1)
+        for begin in range(stop - 2, -1, -1):
+            positions = (stop - begin) * sizes[order[begin]]
+            if positions > budget or teachers[order[begin]] != teachers[order[stop - 1]]:
+                break
+            best = min(best, (cost[begin] + positions + MICRO_BATCH_COST, begin))
+        cost.append(best[0])
+        begins.append(best[1])
     groups: list[list[int]] = []
-    for i in sorted(range(len(rollouts)), key=lambda i: (teachers[i] or "", -sizes[i], i)):
-        first = groups[-1][0] if groups else None
-        if first is not None and (len(groups[-1]) + 1) * sizes[first] <= budget and teachers[first] == teachers[i]:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
+    stop = len(order)
+    while stop:
+        groups.insert(0, order[begins[stop] : stop])
+        stop = begins[stop]
     return groups
