@@ -109,7 +109,7 @@ def recipe_of(arm: Arm, train: Path, held_out: Path) -> Recipe:
         "teacher": {"type": "local", "model": str(MODELS / "teacher"), "dtype": "float32"},
         "objective": OBJECTIVES[arm.objective],
         "data": {"prompts": str(train)},
-        "rollout": {"group_size": 2, "max_completion_length": 80, "engine": {"type": "hf", "max_sequences": 400}},
+        "rollout": {"group_size": 2, "max_completion_length": 80, "engine": {"type": "hf", "cache_tokens": 131072}},
         "evaluation": evaluation_options(held_out) | {"samples": 2},
         "output_dir": str(RUNS / arm.name),
         "prompts_per_step": arm.completions // 2,

@@ -41,7 +41,7 @@ def tree(objective: dict[str, Any], rate: float, seed: int, out: Path, run: str)
         "teacher": {"type": "local", "model": str(MODELS / "teacher"), "dtype": "float32"},
         "objective": objective,
         "data": {"prompts": str(out / "train.jsonl")},
-        "rollout": {"group_size": 2, "max_completion_length": 64, "engine": {"type": "hf", "max_sequences": 200}},
+        "rollout": {"group_size": 2, "max_completion_length": 64, "engine": {"type": "hf", "cache_tokens": 131072}},
         "evaluation": evaluation_options(out / "held_out.jsonl"),
         "output_dir": str(out / run),
         "prompts_per_step": 32,

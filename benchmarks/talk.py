@@ -87,7 +87,7 @@ def recipe(name: str, seed: int, data: Path, base_url: str | None, changes: dict
         "data": {"prompts": str(data / "train.jsonl")},
         "rollout": {
             "source": source,
-            "engine": {"type": "hf", "max_sequences": 256},
+            "engine": {"type": "hf", "cache_tokens": 131072},
             "group_size": 2,
             "max_completion_length": longest,
             **changes.get("rollout", {}),

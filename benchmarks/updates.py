@@ -129,16 +129,15 @@ def far_early(
     variants = {"before": {}, "early": early, "rescaled": rescaled(early, final), "final": final}
     along = {share: rescaled(early, final, share) for share in SHARES}
     scores: dict[Any, float] = {}
-    batches = recipe.rollout.engine.max_sequences  # as in training: the scores of start and end are those of the run
+    cache = recipe.rollout.engine.cache_tokens  # as in training: the scores of start and end are those of the run
     (benchmark,) = load_benchmarks(recipe.evaluation, facts.tokenizer, context=facts.context)
     with VerifierPool() as verifier:
         evaluator = Evaluator(
             config=recipe.evaluation,
             benchmarks=(benchmark,),
-            engine=HFEngine(FrozenModel(lm), max_sequences=batches),
+            engine=HFEngine(FrozenModel(lm), cache_tokens=cache),
             tokenizer=facts.tokenizer,
             verifier=verifier,
-            max_sequences=batches,
         )
         for name, update in (variants | along).items():
             # names that share a tensor (tied embeddings) get it twice, equal

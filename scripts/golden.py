@@ -129,7 +129,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "data_prompts": recipe(
         OPD,
         data={"prompts": "{data}/train.jsonl", "limit": 10, "system_prompt": "Add.", "prompt_template": "{problem}="},
-        rollout=rollout(sampling_temperature=0.8, top_p=0.9, engine={"type": "hf", "max_sequences": 3}),
+        rollout=rollout(sampling_temperature=0.8, top_p=0.9, engine={"type": "hf", "cache_tokens": 240}),
     ),
     "lambda_on_policy": recipe(OPD, data=GIVEN, rollout=rollout(source={"type": "student", "lambda_on_policy": 0.5})),
     "length_schedule": recipe(OPRD, rollout=rollout(length_schedule={"from": 8, "steps": 5}), max_steps=7),

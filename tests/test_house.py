@@ -274,7 +274,7 @@ OPERATIONAL = {
         "LoraSection.dropout",
     },
     "what fits into memory": {
-        "Recipe.micro_batch_tokens", "RolloutConfig.engine", "HFEngineConfig.max_sequences", "LocalTeacherConfig.device",
+        "Recipe.micro_batch_tokens", "RolloutConfig.engine", "HFEngineConfig.cache_tokens", "LocalTeacherConfig.device",
         "LocalTeacherConfig.quantization",
     },
     "what is logged, evaluated and kept, and going on after a stop": {

@@ -235,7 +235,7 @@ GONE = {
     "settled": "give `every: n`",
     "accept_ties": "use accept: not_worse, better or paired",
     "lambda_on_policy": "it belongs to rollout.source: {type: student, lambda_on_policy: 0.5}",
-    "max_sequences": "it belongs to rollout.engine: {type: hf, max_sequences: 64}",
+    "max_sequences": "rollout.engine: {type: hf, cache_tokens: 131072} bounds the key-value cache",
     "rewrite": "put the model under `teacher` and set rollout.source: {type: rewrite}",
     "sequence": "put the model under `teacher` and set rollout.source: {type: teacher}",
     "rewrite_prompt": "use rollout.source.prompt",

@@ -54,7 +54,7 @@ class DistillModel(nn.Module):
         return self.forward(batch, targets)
 
     @torch.no_grad()
-    def generate(self, **kwargs: Any) -> Tensor:
+    def generate(self, **kwargs: Any) -> Any:
         """transformers' generate, through the wrapper for the same reason."""
         return cast(Any, self.student).generate(**kwargs)
 
@@ -87,9 +87,11 @@ class Student(Model):
         accelerator: Accelerator,
         settings: OptimizerSection,
         updates: int,
+        writer: FrozenModel | None = None,
     ) -> None:
-        """`updates`: optimizer steps of the whole run, for the learning rate's schedule."""
+        """`updates`: optimizer steps of the whole run, for the learning rate's schedule. `writer`: a copy that writes."""
         self.lm = lm
+        self._writer = writer
         self.between_steps = True
         """False from the first update of a step until the loop has counted the step: a checkpoint would hold half a step."""
         self._accelerator = accelerator
@@ -164,9 +166,18 @@ class Student(Model):
         with evaluating(self.wrapper), self._accelerator.autocast():
             return self._entry.evaluate(batch, targets)
 
-    def generate(self, **kwargs: Any) -> Tensor:
+    def generate(self, **kwargs: Any) -> Any:
         with evaluating(self.wrapper), self._accelerator.autocast():
             return self._entry.generate(**kwargs)
+
+    @torch.no_grad()
+    def writer(self) -> Model:
+        if self._writer is None:
+            return self
+        for mine, copy in zip(self.lm.model.parameters(), self._writer.lm.model.parameters(), strict=True):
+            if mine.requires_grad:
+                copy.copy_(mine.full_tensor() if isinstance(mine, DTensor) else mine)
+        return self._writer
 
     def reshard(self) -> None:
         """Let go of gathered copies: after weights were written, FSDP would go on using them in place of the shards."""
@@ -196,7 +207,7 @@ class InitialStudent(Model):
         with self._before_training():
             return self._model.hidden(batch, taps)
 
-    def generate(self, **kwargs: Any) -> Tensor:
+    def generate(self, **kwargs: Any) -> Any:
         with self._before_training():
             return self._model.generate(**kwargs)
 

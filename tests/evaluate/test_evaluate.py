@@ -23,7 +23,13 @@ class Sure(RolloutEngine):
     """Writes `row` for the problem of that row, the same in every sample."""
 
     def __init__(self, tokenizer) -> None:
-        self.tokenizer, self.calls = tokenizer, []
+        self.tokenizer, self.calls, self.syncs = tokenizer, [], 0
+
+    def sync_weights(self):
+        self.syncs += 1
+
+    def at_once(self, tokens):
+        return 8
 
     def generate(self, prompts, sampling, *, seed):
         self.calls.append((len(prompts) * sampling.samples, seed))
@@ -53,14 +59,13 @@ def evaluator(held_out_file):
     benchmarks = load_benchmarks(config, tokenizer, context=2048)
     verifier = OddRows()
     engine = Sure(tokenizer)
-    return Evaluator(
-        config=config, benchmarks=benchmarks, engine=engine, tokenizer=tokenizer, verifier=verifier, max_sequences=8
-    )
+    return Evaluator(config=config, benchmarks=benchmarks, engine=engine, tokenizer=tokenizer, verifier=verifier)
 
 
 def test_scores_files_and_seeds_by_hand(evaluator, tmp_path):
     (result,) = evaluator.run(tmp_path / "log.jsonl", tmp_path / "done", {"step": 5, "training_seconds": 1.5})
     assert (result.problems, result.samples, result.avg_at_k, result.best_at_k) == (12, 2, 0.5, 0.5)
+    assert evaluator.engine.syncs == 1
     # 8 // 2 = 4 problems a call; the seed of a call is that of its first problem
     assert evaluator.engine.calls == [(8, 3_000_009), (8, 3_000_013), (8, 3_000_017)]
     assert read_jsonl(tmp_path / "log.jsonl") == [{"step": 5, "training_seconds": 1.5} | asdict(result)]

@@ -69,7 +69,7 @@ def test_supervising_the_first_part_of_a_longer_completion_is_the_same_as_a_shor
 def test_the_engine_cuts_without_an_end(base):
     prompts = rollouts_of(base, 1).prompts
     sampling = Sampling(temperature=1.0, max_new_tokens=6, samples=4)
-    written = HFEngine(FrozenModel(base), max_sequences=4).generate(prompts, sampling, seed=0)
+    written = HFEngine(FrozenModel(base)).generate(prompts, sampling, seed=0)
     assert written.lengths == (6,) * 4
     assert written.finished == (False,) * 4
     assert not any(stop in ids for ids in written.completion_ids for stop in base.stop_ids)

@@ -1,13 +1,17 @@
 """Rollouts by transformers' generate: what is sampled, where it stops, what the model's own config may not change."""
 
+import pytest
 import torch
 from torch.testing import assert_close
 
-from conftest import load_miniature
+from conftest import load_miniature, miniature_recipe
 from oprd.data.chat import render
+from oprd.errors import ConfigError
 from oprd.models.generate import Sampling
 from oprd.models.language_model import FrozenModel, LanguageModel
+from oprd.recipe import parse_recipe
 from oprd.rollout.hf import HFEngine
+from oprd.train.setup import setup
 from oprd.types import Message, Prompt
 
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=64, samples=2)
@@ -30,18 +34,65 @@ def test_groups_follow_their_prompts_and_a_seed_gives_the_same_completions():
     assert engine(lm).generate(prompts(lm), SAMPLING, seed=4) != one
 
 
-def test_a_batch_draws_the_same_numbers_however_long_the_one_before_it_ran():
-    """Two sets of weights that are compared answer every prompt with the same random numbers."""
+def test_a_completion_does_not_depend_on_what_is_written_beside_it():
+    """Two sets of weights that are compared answer every prompt with the same random numbers, whatever the batch."""
     lm = load_miniature("base")
-    sampling = Sampling(temperature=1.5, max_new_tokens=64)
-    first, other, second = (prompts(lm, texts) for texts in (("12+34-5",), ("1+2-3+4+5",), ("45+23-9+11-24",)))
-    after_first, after_other = (
-        engine(lm, max_sequences=1).generate((*before, *second), sampling, seed=3) for before in (first, other)
+    sampling = Sampling(temperature=1.5, max_new_tokens=64, samples=3)
+    together = engine(lm).generate(prompts(lm), sampling, seed=3)
+    assert engine(lm, cache_tokens=1).generate(prompts(lm), sampling, seed=3) == together  # one sequence at a time
+    assert engine(lm, cache_tokens=260).generate(prompts(lm), sampling, seed=3) == together
+    first = engine(lm).generate(prompts(lm)[:1], sampling, seed=3)
+    assert first.completion_ids == together.completion_ids[:3]
+    assert len(set(together.completion_ids)) == 9  # and no two draw the same numbers
+
+
+def test_rows_that_have_ended_leave_the_batch():
+    """Twelve rows of uneven length: each forward pass is at most twice as wide as what still writes."""
+    lm = load_miniature("base")
+    widths: list[int] = []
+    lm.model.register_forward_pre_hook(
+        lambda m, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    alone = engine(lm, max_sequences=1).generate(second, sampling, seed=3)
-    assert after_first.lengths[0] != after_other.lengths[0]
-    assert after_first.completion_ids[1] == after_other.completion_ids[1]
-    assert after_first.completion_ids[1] != alone.completion_ids[0]  # and no two batches draw the same numbers
+    sampling = Sampling(temperature=1.5, max_new_tokens=64, samples=4)
+    lengths = engine(lm).generate(prompts(lm), sampling, seed=3).lengths
+    steps = widths[1:]  # behind the prefill
+    assert steps[0] == len(lengths)
+    assert len(set(steps)) > 2
+    for at, width in enumerate(steps):
+        assert width < 2 * sum(length > at for length in lengths) + 1
+
+
+def test_the_samples_of_a_prompt_share_its_prefill():
+    lm = load_miniature("teacher")
+    shapes: list[tuple[int, ...]] = []
+    lm.model.register_forward_pre_hook(
+        lambda m, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    longest = max(len(prompt.token_ids) for prompt in prompts(lm))
+    engine(lm).generate(prompts(lm), Sampling(temperature=1.0, max_new_tokens=3, samples=4), seed=0)
+    assert shapes == [(3, longest - 1), (12, 1), (12, 1), (12, 1)]
+
+
+def test_under_bf16_a_copy_in_bfloat16_writes_with_the_weights_as_they_are(tmp_path, train_file):
+    recipe = parse_recipe(miniature_recipe(tmp_path / "run", train_file) | {"bf16": True})
+    parts = setup(recipe)
+    student, greedy = parts.method.student, Sampling(temperature=0.0, max_new_tokens=24)
+    parts.engine.sync_weights()
+    before = parts.engine.generate(prompts(student.lm), greedy, seed=0)
+    teacher = load_miniature("teacher").model
+    with torch.no_grad():
+        for mine, theirs in zip(student.lm.model.parameters(), teacher.parameters(), strict=True):
+            mine.copy_(theirs)
+    assert parts.engine.generate(prompts(student.lm), greedy, seed=0) == before
+    parts.engine.sync_weights()
+    after = parts.engine.generate(prompts(student.lm), greedy, seed=0)
+    alone = LanguageModel(model=teacher.to(torch.bfloat16), tokenizer=student.lm.tokenizer, name="teacher")
+    assert after.completion_ids == engine(alone).generate(prompts(alone), greedy, seed=0).completion_ids
+    assert after != before
+    writer = parts.method.student.writer()
+    assert {p.dtype for p in writer.lm.model.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in writer.lm.model.buffers()} == {torch.float32}, "rope stays exact"
+    assert {p.dtype for p in student.lm.model.parameters()} == {torch.float32}
 
 
 def test_the_callers_random_state_and_the_models_mode_are_left_as_they_were():
@@ -104,7 +155,7 @@ def test_first_tokens_are_sampled_from_the_models_distribution():
     count = 2000
     two = Sampling(temperature=1.0, max_new_tokens=2, samples=count)
     (prompt,) = prompts(lm, texts=("57+88+91",))
-    written = engine(lm, max_sequences=count).generate((prompt,), two, seed=11).completion_ids
+    written = engine(lm, cache_tokens=10**6).generate((prompt,), two, seed=11).completion_ids
     firsts = torch.tensor([ids[0] for ids in written])
     common = int(firsts.mode().values)
     seconds = torch.tensor([ids[1] for ids in written if ids[0] == common])
@@ -115,3 +166,10 @@ def test_first_tokens_are_sampled_from_the_models_distribution():
         likely = p > 5 / len(ids)
         error = (p * (1 - p) / len(ids)).sqrt()
         assert float(((frequency - p) / error)[likely].abs().max()) < 4.5
+
+
+def test_a_cache_that_no_completion_fits_is_refused_before_anything_is_loaded(tmp_path, train_file):
+    tree = miniature_recipe(tmp_path / "run", train_file)
+    tree["rollout"] |= {"engine": {"type": "hf", "cache_tokens": 50}}
+    with pytest.raises(ConfigError, match=r"cache_tokens is 50, but the longest prompt .* take \d+ tokens; raise it"):
+        setup(parse_recipe(tree))

@@ -60,6 +60,12 @@ class Written(RolloutEngine):
     rollouts: Rollouts | None = None
     seeds: list[int] = field(default_factory=list)
 
+    def sync_weights(self) -> None:
+        """There are none."""
+
+    def at_once(self, tokens: int) -> int:
+        return 8
+
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> Rollouts:
         assert self.rollouts is not None, "the student was not to write"
         self.seeds.append(seed)

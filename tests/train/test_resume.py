@@ -184,7 +184,7 @@ def test_a_run_whose_last_evaluation_fails_has_its_student_and_goes_on_with_othe
         run_recipe(parse_recipe(recipe))
     monkeypatch.setattr(loop, "_evaluate", real)
     student = saved_student(tmp_path / "run")
-    smaller = {"rollout": recipe["rollout"] | {"engine": {"type": "hf", "max_sequences": 4}}}
+    smaller = {"rollout": recipe["rollout"] | {"engine": {"type": "hf", "cache_tokens": 400}}}
     smaller |= {"evaluation": recipe["evaluation"] | {"samples": 1}, "micro_batch_tokens": 4096}
     done = run_recipe(parse_recipe(recipe | smaller | {"resume_from_checkpoint": "latest"}))
     assert done.result.evaluations[0].samples == 1

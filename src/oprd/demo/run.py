@@ -15,7 +15,6 @@ from oprd.train.run import run_recipe
 
 MODELS = Path(__file__).parent / "models"
 TRAINING_PROBLEMS, HELD_OUT_PROBLEMS = 4000, 200
-MAX_SEQUENCES = 200  # small models are faster in large batches
 OBJECTIVES = {"opd": ({"type": "opd_sampled"}, 8e-4), "oprd": ({"type": "oprd", "tokens": "all"}, 4e-3)}
 """(objective, learning rate): the best rates tried for each on this task (benchmarks/results/demo.json)."""
 
@@ -50,7 +49,7 @@ def demo_recipe(objective: str, output_dir: Path, train: Path, held_out: Path, *
             "teacher": {"type": "local", "model": str(MODELS / "teacher"), "dtype": "float32"},
             "objective": config,
             "data": {"prompts": str(train)},
-            "rollout": {"group_size": 2, "max_completion_length": 64, "engine": {"max_sequences": MAX_SEQUENCES}},
+            "rollout": {"group_size": 2, "max_completion_length": 64},
             "evaluation": evaluation_options(held_out),
             "output_dir": str(output_dir),
             "prompts_per_step": 32,
@@ -78,4 +77,4 @@ def _score(model: Path, out: Path, held_out: Path) -> Evaluation:
     if known:
         return Evaluation.from_row(known[0])
     config = EvaluationConfig.model_validate(evaluation_options(held_out))
-    return evaluate_model(str(model), config, out=out, max_sequences=MAX_SEQUENCES)[0]
+    return evaluate_model(str(model), config, out=out)[0]

@@ -71,8 +71,6 @@ class Evaluator:
     tokenizer: PreTrainedTokenizerBase
     verifier: VerifierPool
     ranks: Ranks = field(default_factory=lambda: Ranks(Accelerator()))
-    max_sequences: int = 64
-    """Completions per call of the engine."""
     before_batch: Callable[[], None] = lambda: None
     """Called by every rank as often; what it raises ends the evaluation."""
 
@@ -81,6 +79,7 @@ class Evaluator:
         COMPLETIONS/NAME.jsonl. What `log` has for this step already is not computed again."""
         known = {row["benchmark"]: row for row in read_jsonl(log, "step") if row["step"] == facts["step"]}
         results = []
+        self.engine.sync_weights()
         for benchmark in self.benchmarks:
             name = benchmark.name
             row = known.get(name) or asdict(self.evaluate(benchmark, completions / f"{name}.jsonl"))
@@ -94,19 +93,18 @@ class Evaluator:
         """Scores on one benchmark. `save_to` gets a JSON line per completion, with its verdict."""
         config, prompts, ranks = self.config, benchmark.prompts, self.ranks
         sampling = config.sampling(samples=config.samples)
-        # sharded weights: every rank has to run every forward pass, so each does all problems
-        rank, size = (0, 1) if ranks.sharded else (ranks.rank, ranks.size)
-        per_call = size * max(1, self.max_sequences // config.samples)
+        longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_new_tokens
+        per_call = ranks.size * max(1, self.engine.at_once(longest) // config.samples)
         rows: list[dict[str, Any]] = []
         with progress_bar(f"evaluate {benchmark.name}", len(prompts), shown=ranks.is_main) as bar:
-            for first in range(rank, len(prompts) + rank, per_call):
+            for first in range(ranks.rank, len(prompts) + ranks.rank, per_call):
                 self.before_batch()
-                if problems := prompts[first : first + per_call : size]:
+                if problems := prompts[first : first + per_call : ranks.size]:
                     rows += self._checked(
                         self.engine.generate(problems, sampling, seed=config.seed * 1_000_003 + first)
                     )
-                    bar.advance(len(problems) * size)
-        rows = sorted(rows if ranks.sharded else ranks.gather_objects(rows), key=lambda row: row["row"])
+                    bar.advance(len(problems) * ranks.size)
+        rows = sorted(ranks.gather_objects(rows), key=lambda row: row["row"])
         if save_to is not None and ranks.is_main:
             public = [{key: value for key, value in row.items() if key != "ids"} for row in rows]
             write_atomically(save_to, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in public))
@@ -156,9 +154,7 @@ def score(name: str, rows: list[dict[str, Any]], config: EvaluationConfig) -> Ev
     )
 
 
-def evaluate_model(
-    model: str, config: EvaluationConfig, *, out: Path, max_sequences: int = 64
-) -> tuple[Evaluation, ...]:
+def evaluate_model(model: str, config: EvaluationConfig, *, out: Path) -> tuple[Evaluation, ...]:
     """Scores of a saved model, by folder or Hub name, in bfloat16 on a GPU and in float32 on a CPU. Writes
     OUT/evaluations.jsonl, and OUT/NAME.jsonl with every completion and its verdict. Raises ConfigError when there is one."""
     log = out / "evaluations.jsonl"
@@ -170,8 +166,8 @@ def evaluate_model(
     frozen = load_frozen(model, facts.tokenizer, torch.device(device), dtype=dtype)
     with VerifierPool() as verifier:
         evaluator = Evaluator(
-            config=config, benchmarks=benchmarks, engine=HFEngine(frozen, max_sequences=max_sequences),
-            tokenizer=facts.tokenizer, verifier=verifier, max_sequences=max_sequences,
+            config=config, benchmarks=benchmarks, engine=HFEngine(frozen),
+            tokenizer=facts.tokenizer, verifier=verifier,
         )  # fmt: skip
         return evaluator.run(log, out, {"step": 0, "model": model})
 

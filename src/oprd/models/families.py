@@ -152,6 +152,11 @@ def stacked_weights(model: PreTrainedModel) -> list[str]:
     return [name for name, p in model.named_parameters() if id(p) in inside and p.dim() == 3 and min(p.shape) > 1]
 
 
+def continues_from_cache(model: nn.Module) -> bool:
+    """Whether all that the family keeps of earlier tokens is in its cache: Qwen's VL models keep positions beside it."""
+    return not any(hasattr(module, "rope_deltas") for module in model.modules())
+
+
 def starts_with_block_1(config: Any) -> bool:
     """Whether the model's own `hidden_states` leave the embedding out and start with block 1."""
     return config.get_text_config().model_type in STATES_FROM_BLOCK_1

@@ -176,8 +176,12 @@ class Model(ABC):
         """Hidden states in evaluation mode, without gradient. The LM head comes whole, also where weights are sharded."""
 
     @abstractmethod
-    def generate(self, **kwargs: Any) -> Tensor:
+    def generate(self, **kwargs: Any) -> Any:
         """transformers' generate, in evaluation mode."""
+
+    def writer(self) -> "Model":
+        """The model that writes with the weights as they are now: this one, or a copy that is faster. Every rank calls it."""
+        return self
 
 
 @final
@@ -193,7 +197,7 @@ class FrozenModel(Model):
             return self.lm.tap(batch, taps)
 
     @torch.no_grad()
-    def generate(self, **kwargs: Any) -> Tensor:
+    def generate(self, **kwargs: Any) -> Any:
         with evaluating(self.lm.model), self._autocast():
             return cast(Any, self.lm.model).generate(**kwargs)
 

@@ -1,9 +1,9 @@
-"""Rollouts by transformers' `generate`: no second copy of the weights, always in step with training."""
+"""Rollouts by transformers' `generate`, with the weights in training."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, final
 
+from oprd.errors import ConfigError
 from oprd.models.generate import Sampling, generate
 from oprd.models.language_model import Model
 from oprd.rollout.base import RolloutEngine
@@ -15,30 +15,39 @@ class HFEngineConfig(Section):
     """transformers' generate, with the weights in training."""
 
     type: Literal["hf"] = "hf"
-    max_sequences: PositiveInt = 64
-    """Sequences generated at once; bounds the key-value cache."""
+    cache_tokens: PositiveInt = 131_072
+    """Tokens of the key-value cache: as many sequences are generated at once as fit it with their longest completions."""
 
-    def build(self, model: Model, *, synced_gpus: bool = False) -> RolloutEngine:
+    def check_room(self, tokens: int) -> None:
+        """Raise ConfigError if not even one sequence of this many tokens fits."""
+        if tokens > self.cache_tokens:
+            raise ConfigError(
+                f"rollout.engine.cache_tokens is {self.cache_tokens}, but the longest prompt and its longest completion take "
+                f"{tokens} tokens; raise it, or lower rollout.max_completion_length"
+            )
+
+    def build(self, model: Model) -> RolloutEngine:
         """The engine for this model."""
-        return HFEngine(model, max_sequences=self.max_sequences, synced_gpus=synced_gpus)
+        return HFEngine(model, cache_tokens=self.cache_tokens)
 
 
 @final
-@dataclass(frozen=True, slots=True, eq=False)
 class HFEngine(RolloutEngine):
-    """Prompts of similar length are left-padded and run together, up to `max_sequences` at once."""
+    """Prompts of similar length are left-padded and run together, as many as fit the cache."""
 
-    model: Model
-    max_sequences: int = 64
-    synced_gpus: bool = False
-    """All ranks run the same number of forward passes, as sharded weights need."""
+    def __init__(self, model: Model, *, cache_tokens: int = 131_072) -> None:
+        self._model, self._writer, self._cache_tokens = model, model, cache_tokens
+
+    def sync_weights(self) -> None:
+        self._writer = self._model.writer()
+
+    def at_once(self, tokens: int) -> int:
+        return max(1, self._cache_tokens // tokens)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> Rollouts:
-        completions = generate(
-            self.model, [prompt.token_ids for prompt in prompts], sampling,
-            seed=seed, max_sequences=self.max_sequences, synced_gpus=self.synced_gpus,
-        )  # fmt: skip
-        stops = self.model.lm.stop_ids
+        ids = [prompt.token_ids for prompt in prompts]
+        completions = generate(self._writer, ids, sampling, seed=seed, cache_tokens=self._cache_tokens)
+        stops = self._model.lm.stop_ids
         return Rollouts(
             prompts=tuple(prompt for prompt in prompts for _ in range(sampling.samples)),
             completion_ids=tuple(completions),

@@ -77,6 +77,7 @@ class Source(Section, ABC):
 
     def _student_writes(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> Rollouts:
         seed = derive_seed(self._context.seed, "rollout", step, self._context.rank)
+        self._context.engine.sync_weights()
         return self._context.engine.generate(prompts, sampling, seed=seed)
 
     def _dataset_writes(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollouts:

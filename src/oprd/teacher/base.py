@@ -98,7 +98,7 @@ class TeacherContext:
     rank: int
     world_size: int
     seed: int
-    max_sequences: int
+    cache_tokens: int
     cache: Path
     """SQLite file of the run for a server's responses."""
     prompts: tuple[Prompt, ...] = ()

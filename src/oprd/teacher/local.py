@@ -50,7 +50,7 @@ class LocalTeacher(Teacher):
     """Most tokens of prompt and generation."""
     same_shape: bool = True
     aligner: Aligner | None = None
-    max_sequences: int = 64
+    cache_tokens: int = 131_072
     seed: int = 0
     _aligned: int = field(default=0, init=False)
     _of: int = field(default=0, init=False)
@@ -95,8 +95,8 @@ class LocalTeacher(Teacher):
         done: dict[int, Generation] = {}
         for sampling, rows in together.items():
             n, seed = sampling.samples, request_seed(self.seed, [(requests[i], ids[i]) for i in rows])
-            prompts, at_once = [ids[i] for i in rows], self.max_sequences
-            completions = generate(self.model, prompts, sampling, seed=seed, max_sequences=at_once)
+            prompts = [ids[i] for i in rows]
+            completions = generate(self.model, prompts, sampling, seed=seed, cache_tokens=self.cache_tokens)
             done |= {i: self._generation(completions[n * at : n * at + n]) for at, i in enumerate(rows)}
         answers = iter(done.get(i) for i in range(len(requests)))
         return [[next(answers) for _ in chain] for chain in chains]
@@ -199,7 +199,7 @@ class LocalTeacherConfig(TeacherConfig):
         return LocalTeacher(
             model, context=facts.model.context, same_shape=Capability.SAME_SHAPE in facts.provides,
             aligner=_aligner(context.student, facts.model) if aligned else None,
-            max_sequences=context.max_sequences, seed=context.seed,
+            cache_tokens=context.cache_tokens, seed=context.seed,
         )  # fmt: skip
 
 
@@ -225,7 +225,7 @@ class SelfTeacherConfig(TeacherConfig):
                 "student's weights"
             )
         initial, most = context.initial_student, context.student.context
-        return LocalTeacher(initial, context=most, max_sequences=context.max_sequences, seed=context.seed)
+        return LocalTeacher(initial, context=most, cache_tokens=context.cache_tokens, seed=context.seed)
 
 
 def _aligner(student: ModelFacts, teacher: ModelFacts) -> Aligner:

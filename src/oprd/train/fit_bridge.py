@@ -71,6 +71,7 @@ def prepare_fit(recipe: Recipe, objective: BridgeObjective, given: Given) -> Fit
     lm = LanguageModel(model=model, tokenizer=facts.tokenizer, name=recipe.student.model)
     check_family(lm, EVERYTHING)
     student = FrozenModel(lm, lambda: accelerator.autocast())
+    longest = max(len(prompt.token_ids) for prompt in prompts) + rollout.max_completion_length
     engine, sampling = rollout.engine.build(student), rollout.sampling(samples=rollout.group_size)
     return FitJob(
         student=student,
@@ -78,6 +79,6 @@ def prepare_fit(recipe: Recipe, objective: BridgeObjective, given: Given) -> Fit
         setting=objective.setting(facts.blocks, teacher_facts.model.blocks),
         prompts=tuple(recipe.teacher.render(prompt, teacher_facts, room) for prompt in prompts),
         write=lambda some, number: engine.generate(some, sampling, seed=derive_seed(recipe.seed, "fit", number)),
-        batch_size=max(1, rollout.engine.max_sequences // rollout.group_size),
+        batch_size=max(1, engine.at_once(longest) // rollout.group_size),
         micro_batch_tokens=recipe.micro_batch_tokens,
     )

@@ -288,7 +288,6 @@ def _evaluate(parts: Parts, progress: Progress, stop: Callable[[], None]) -> tup
         tokenizer=parts.method.student.lm.tokenizer,
         verifier=parts.verifier,
         ranks=parts.ranks,
-        max_sequences=parts.recipe.rollout.engine.max_sequences,
         before_batch=stop,
     ).run(folder.evaluations, folder.path / "evaluations" / f"step-{progress.step:06d}", facts)
     progress.evaluation_seconds += time.perf_counter() - start

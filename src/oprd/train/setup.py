@@ -87,7 +87,7 @@ def setup(recipe: Recipe, given: Given | None = None) -> Parts:
     for objective in checked.objectives:
         objective.check_models(student.lm, teacher.model.lm if isinstance(teacher, LocalTeacher) else None)
     verifier, rollout = VerifierPool(), recipe.rollout
-    engine = rollout.engine.build(student, synced_gpus=ranks.sharded)
+    engine = rollout.engine.build(student)
     source = rollout.source.bind(
         SourceContext(
             engine=engine, teacher=teacher, tokenizer=student.lm.tokenizer, end_of_turn=student.lm.end_of_turn, 
@@ -183,6 +183,7 @@ def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -
     used = prompts.prepare(in_order(range(min(places, len(prompts))), len(prompts), recipe.seed))
     recipe.rollout.source.check_prompts(used)
     folder.check_prompts(prompts.digest(recipe.seed))
+    recipe.rollout.engine.check_room(max(len(prompt.token_ids) for prompt in used) + room)
     _check_validation(recipe, objectives, teacher, prompts)
     return Checked(
         student=student,
@@ -226,7 +227,7 @@ def _load_student(
         frozen_copy(lm, accelerator.device, lambda: accelerator.autocast()) if needed and not is_peft(model) else None
     )
     updates = recipe.max_steps * recipe.rollout.updates_per_rollout
-    student = Student(lm, checked.objectives, accelerator, recipe, updates)
+    student = Student(lm, checked.objectives, accelerator, recipe, updates, _writer(recipe, lm, checked.context))
     if needed:
         initial.attach(student, copy)
     return student
@@ -251,6 +252,7 @@ def _refuse_uneven_passes(recipe: Recipe, objectives: tuple[Objective, ...]) -> 
 def _reference(checked: Checked, initial: Model, teacher: Teacher, device: torch.device) -> Reference | None:
     """The model of hidden states before training; None where no objective taps it. One by name is compared with the
     teacher, so it computes in the teacher's precision."""
+    recipe.rollout.engine.check_room(max(len(prompt.token_ids) for prompt in used) + room)
     wanted = {o.reference for o in checked.objectives if o.reference_taps.hidden}
     if not wanted:
         return None

@@ -23,6 +23,7 @@ def validate(parts: Parts, config: EffOPDConfig, step: int) -> Scores:
     rank, size = (0, 1) if ranks.sharded else (ranks.rank, ranks.size)
     prompts = validation_prompts(config, parts.prompts, recipe.seed)
     mine = prompts[rank::size]
+    parts.engine.sync_weights()
     rows: list[tuple[int, float | None, int]] = []
     if mine:
         seed = derive_seed(recipe.seed, "extrapolation", step, rank)
