@@ -55,7 +55,7 @@ def teacher_context(folder: Path, **needs) -> TeacherContext:
             **{"taps": Taps(), "text": False, "continues": False, "logprobs": False, "top_k": 0, "diagnostics": False}
             | needs
         ),
-        device=torch.device("cpu"), sharded=False, rank=0, world_size=1, seed=0, cache_tokens=2048,
+        device=torch.device("cpu"), sharded=False, rank=0, world_size=1, seed=0, cache_tokens=2048, packing=False,
         cache=folder / "teacher_cache.sqlite",
     )  # fmt: skip
 

@@ -34,7 +34,7 @@ FLOORS = (
     {"cli", "__main__"},
 )
 """A module imports from its own floor and from those below it, in no circle. `oprd/__init__.py` names what is public."""
-MOST_FILE_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS, MOST_FIELDS = 350, 50, 7, 113
+MOST_FILE_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS, MOST_FIELDS = 350, 50, 7, 116
 MOST_LINES = 10_500
 """Of the whole package: 8,919 for what the house holds, whose aim is 7,500; checks of numbers, files and engines came since."""
 MOST_PLACES = 3
@@ -274,7 +274,7 @@ OPERATIONAL = {
         "LoraSection.dropout",
     },
     "what fits into memory": {
-        "Recipe.micro_batch_tokens", "RolloutConfig.engine", "HFEngineConfig.cache_tokens", "LocalTeacherConfig.device",
+        "Recipe.micro_batch_tokens", "Recipe.packing", "RolloutConfig.engine", "HFEngineConfig.cache_tokens", "LocalTeacherConfig.device",
         "LocalTeacherConfig.quantization",
     },
     "what is logged, evaluated and kept, and going on after a stop": {

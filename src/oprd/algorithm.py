@@ -60,7 +60,7 @@ class Distillation:
         however the batch is split, the update is the same. A rank with fewer micro-batches repeats its first with weight 0.
         """
         student, ranks, objectives = self.student, self.ranks, self.student.objectives
-        micros = split_by_tokens(rollouts, self.micro_batch_tokens)
+        micros = split_by_tokens(rollouts, self.micro_batch_tokens, packed=student.lm.packs)
         passes = int(ranks.max(len(micros)))
         totals = ranks.sum([objective.total_weight(rollouts) for objective in objectives])
         supervised = ranks.sum([float((o.weights(rollouts) != 0).sum()) for o in objectives])

@@ -100,6 +100,8 @@ class Recipe(OptimizerSection):
     """Over all ranks."""
     micro_batch_tokens: PositiveInt = 16_384
     """Padded positions of one forward and backward pass on one rank; a longer completion goes alone."""
+    packing: bool = False
+    """Read the completions of a micro-batch behind each other instead of padding them. Pays with flash attention."""
     bf16: bool = False
     """Compute in bfloat16 over float32 weights."""
     seed: Seed = 0

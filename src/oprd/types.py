@@ -163,10 +163,10 @@ class Rollouts:
 
     def take(self, rows: Sequence[int]) -> "Rollouts":
         """The rollouts at `rows`, in that order."""
-        return replace(self, **{name: _take(getattr(self, name), rows) for name in _PER_COMPLETION})
+        return replace(self, **{name: _take(getattr(self, name), rows) for name in PER_COMPLETION})
 
 
-_PER_COMPLETION = (
+PER_COMPLETION = (
     "prompts", "completion_ids", "finished", "rewritten", "token_weights", "token_scores", "sampling_logprobs",
     "alignments", "logprobs",
 )  # fmt: skip
@@ -174,21 +174,6 @@ _PER_COMPLETION = (
 
 def _take(values: tuple[Any, ...] | None, rows: Sequence[int]) -> tuple[Any, ...] | None:
     return None if values is None else tuple(values[i] for i in rows)
-
-
-def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
-    """The rollouts of all parts in order. Where only some parts have an annotation, the others get its neutral value."""
-    joined = {}
-    for name in _PER_COMPLETION:
-        values = [getattr(part, name) for part in parts]
-        if any(value is not None for value in values):
-            filled = [_neutral(name, part) if v is None else v for part, v in zip(parts, values, strict=True)]
-            joined[name] = tuple(x for value in filled for x in value)
-    return replace(parts[0], **joined)
-
-
-def _neutral(name: str, part: Rollouts) -> tuple[Any, ...]:
-    return tuple((1.0,) * n for n in part.lengths) if name == "token_weights" else (None,) * len(part)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,8 +223,20 @@ class Batch:
         return {}
 
     def gather(self, x: Tensor, spec: HiddenSpec) -> Tensor:
-        """Entries of `x` [B, T, ...] at the spec's positions, as [N, ...]: completion by completion, left to right."""
-        return x.flatten(0, 1)[self.positions(spec.tokens, shift=int(spec.at == "predicting"))]
+        """Entries of `x`, [B, T, ...] or packed [1, X, ...], at the spec's positions, as [N, ...]: completion by completion,
+        left to right."""
+        at = self.positions(spec.tokens, shift=int(spec.at == "predicting"))
+        return x.flatten(0, 1)[at if x.shape[:2] == self.input_ids.shape else self._packed_at[at]]
+
+    def packed(self) -> tuple[Int[Tensor, "1 X"], Int[Tensor, "1 X"]]:
+        """All rows behind each other without padding: their X ids, and positions that start anew with each row."""
+        kept = self.attention_mask.bool()
+        return self.input_ids[kept][None], (self.attention_mask.cumsum(1) - 1)[kept][None]
+
+    @cached_property
+    def _packed_at(self) -> Tensor:
+        """Where each flat position is when packed."""
+        return self.attention_mask.flatten().cumsum(0) - 1
 
     def positions(self, tokens: TokenSelection, *, shift: int = 0) -> Int[Tensor, " N"]:
         """Flat positions b * T + t of the selected tokens, `shift` to the left."""

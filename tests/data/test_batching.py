@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oprd.data.batching import MICRO_BATCH_COST, rows_by_tokens, split_by_tokens, student_batch, teacher_batch
-from oprd.types import Prompt, Rollouts, TokenAlignment
+from oprd.types import ALL_TOKENS, HiddenSpec, Prompt, Rollouts, TokenAlignment
 
 CPU = torch.device("cpu")
 
@@ -70,6 +70,20 @@ def test_micro_batches_hold_every_completion_once_within_the_budget(sizes, budge
     assert sorted(prompt.row for part in parts for prompt in part.prompts) == list(range(len(sizes)))
     for part in parts:
         assert len(part) == 1 or len(part) * (1 + max(part.lengths)) <= budget
+
+
+def test_packed_rows_fill_the_budget_and_keep_their_own_positions():
+    rows = rollouts([3, 1, 2])
+    assert rows_by_tokens(rows, budget=9, packed=True) == [[0, 2, 1]]
+    assert rows_by_tokens(rows, budget=8, packed=True) == [[0], [2, 1]]
+    batch = student_batch(rows, pad_id=0, device=CPU)
+    ids, positions = batch.packed()
+    assert ids.tolist() == [[0, 10, 11, 12, 1, 10, 2, 10, 11]]
+    assert positions.tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2]]
+    for at in ("token", "predicting"):
+        spec = HiddenSpec(block="last", at=at, tokens=ALL_TOKENS)
+        padded = batch.gather(batch.input_ids[..., None].float(), spec)
+        assert torch.equal(batch.gather(ids[..., None].float(), spec), padded)
 
 
 def test_without_an_alignment_the_teacher_has_the_students_completion_behind_its_own_prompt():

@@ -53,6 +53,20 @@ def test_any_micro_batching_gives_the_same_weights(name, tmp_path, train_file, p
     assert largest_difference(whole, weights(parts)) > 1e-4, "nothing was trained"
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_packed_rows_give_the_weights_of_padded_ones(name, tmp_path, train_file):
+    options = {"objective": OBJECTIVES[name], "adam_epsilon": 1e-4}
+    shapes: list[tuple[int, ...]] = []
+    parts = setup(parse_recipe(miniature_recipe(tmp_path, train_file, packing=True, health_tokens=0, **options)))
+    for lm in (parts.method.student.lm, parts.method.teacher.model.lm):
+        lm.backbone.register_forward_pre_hook(
+            lambda m, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        )
+    update(parts), update(parts)
+    assert {rows for rows, _ in shapes} == {1}
+    assert_same_weights(weights_after(tmp_path, train_file, **options), weights(parts))
+
+
 def test_the_order_of_the_completions_does_not_matter(tmp_path, train_file):
     after = []
     for order in ((0, 1, 2, 3, 4), (4, 2, 0, 3, 1)):

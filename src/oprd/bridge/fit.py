@@ -13,12 +13,12 @@ from torch import Tensor
 from oprd.bridge.file import Setting
 from oprd.bridge.moments import Features, Moments
 from oprd.bridge.solve import Solution, cosine_sums, solve
-from oprd.data.batching import split_by_tokens, student_batch
+from oprd.data.batching import concatenate, split_by_tokens, student_batch
 from oprd.errors import DataError
 from oprd.losses.chunked import statistics
 from oprd.models.language_model import Model
 from oprd.teacher.local import LocalTeacher
-from oprd.types import HiddenSpec, LMHead, Prompt, Rollouts, Taps, concatenate
+from oprd.types import HiddenSpec, LMHead, Prompt, Rollouts, Taps
 
 HELD_OUT = 0.1
 """Share of the prompts that only measure, as in the paper."""

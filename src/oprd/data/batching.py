@@ -1,12 +1,13 @@
 """From ragged rollouts to right-padded tensors, and into micro-batches."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from oprd.types import Batch, Rollouts
+from oprd.types import PER_COMPLETION, Batch, Rollouts
 
 MICRO_BATCH_COST = 64
 """What a micro-batch costs beside its padded positions, in positions: measured as 25 to 60 on SmolLM2-135M."""
@@ -50,15 +51,15 @@ def teacher_batch(rollouts: Rollouts, *, pad_id: int, device: torch.device) -> B
     return collate(prompt_ids, ids, pad_id=pad_id, device=device, alignments=alignments, reads="teacher")
 
 
-def split_by_tokens(rollouts: Rollouts, budget: int) -> list[Rollouts]:
-    """Micro-batches of at most `budget` padded positions, of one teacher each, with the least padding.
+def split_by_tokens(rollouts: Rollouts, budget: int, *, packed: bool = False) -> list[Rollouts]:
+    """Micro-batches of at most `budget` positions, of one teacher each, with the least padding; none where rows are packed.
 
     A completion longer than the budget is a micro-batch of its own.
     """
-    return [rollouts.take(rows) for rows in rows_by_tokens(rollouts, budget)]
+    return [rollouts.take(rows) for rows in rows_by_tokens(rollouts, budget, packed=packed)]
 
 
-def rows_by_tokens(rollouts: Rollouts, budget: int) -> list[list[int]]:
+def rows_by_tokens(rollouts: Rollouts, budget: int, *, packed: bool = False) -> list[list[int]]:
     """Indices of the rollouts in each micro-batch of `split_by_tokens`.
 
     Of all ways to cut the rows, sorted by length, the one with the fewest padded positions, MICRO_BATCH_COST for each
@@ -71,7 +72,9 @@ def rows_by_tokens(rollouts: Rollouts, budget: int) -> list[list[int]]:
     for stop in range(1, len(order) + 1):
         best = (cost[stop - 1] + sizes[order[stop - 1]] + MICRO_BATCH_COST, stop - 1)
         for begin in range(stop - 2, -1, -1):
-            positions = (stop - begin) * sizes[order[begin]]
+            positions = (
+                sum(map(sizes.__getitem__, order[begin:stop])) if packed else (stop - begin) * sizes[order[begin]]
+            )
             if positions > budget or teachers[order[begin]] != teachers[order[stop - 1]]:
                 break
             best = min(best, (cost[begin] + positions + MICRO_BATCH_COST, begin))
@@ -83,3 +86,18 @@ def rows_by_tokens(rollouts: Rollouts, budget: int) -> list[list[int]]:
         groups.insert(0, order[begins[stop] : stop])
         stop = begins[stop]
     return groups
+
+
+def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
+    """The rollouts of all parts in order. Where only some parts have an annotation, the others get its neutral value."""
+    joined = {}
+    for name in PER_COMPLETION:
+        values = [getattr(part, name) for part in parts]
+        if any(value is not None for value in values):
+            filled = [_neutral(name, part) if v is None else v for part, v in zip(parts, values, strict=True)]
+            joined[name] = tuple(x for value in filled for x in value)
+    return replace(parts[0], **joined)
+
+
+def _neutral(name: str, part: Rollouts) -> tuple[Any, ...]:
+    return tuple((1.0,) * n for n in part.lengths) if name == "token_weights" else (None,) * len(part)

@@ -37,6 +37,8 @@ class LanguageModel:
     name: str
     pair_stops: tuple[int, ...] = ()
     """Ids that end a turn of this model or of its partner, where the two differ: they end it for both, as one action."""
+    packs: bool = False
+    """Reads the rows of a batch behind each other, without padding."""
 
     rows: int | None = None
     """Ids from here on are never sampled: a partner has no row for them. None: all may be that the tokenizer has."""
@@ -124,7 +126,11 @@ class LanguageModel:
                 if block < self.num_blocks:
                     stack.callback(self.blocks[block - 1].register_forward_hook(hook(block)).remove)
             stack.enter_context(self._only_first(max(by_block)))
-            out = self.backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            if self.packs:
+                ids, positions = batch.packed()
+                out = self.backbone(input_ids=ids, position_ids=positions, use_cache=False)
+            else:
+                out = self.backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         if self.num_blocks in by_block:
             keep(self.num_blocks, out.last_hidden_state)
         return HiddenStates(hidden=hidden, head=self.head() if taps.head else None, batch=batch)

@@ -14,6 +14,7 @@ from oprd.losses.chunked import logits
 from oprd.models.families import starts_with_block_1
 from oprd.models.generate import bare_generation_config, left_padded
 from oprd.models.language_model import LanguageModel, evaluating
+from oprd.progress import console
 from oprd.types import ALL_TOKENS, Batch, HiddenSpec, Taps
 
 PROMPT_LENGTHS, NEW = (3, 8), 4
@@ -65,6 +66,28 @@ def check_family(lm: LanguageModel, use: Use) -> None:
     for ours, theirs, length in zip(written, own, PROMPT_LENGTHS, strict=False):
         what = f"{name}: the logits of its cached generation from padded prompts"
         _compare(ours, theirs.logits[0, length - 1 : -1], what, share)
+
+
+def packing(lm: LanguageModel, wanted: bool) -> LanguageModel:
+    """The model that packs rows if that is wanted and it can; a line to the user where it cannot."""
+    able = wanted and packs(lm)
+    if wanted and not able:
+        console.print(f"{lm.name} cannot read several rows packed into one; its rows are padded.")
+    return replace(lm, packs=able)
+
+
+@torch.no_grad()
+def packs(lm: LanguageModel) -> bool:
+    """Whether a row behind another has the states that it has alone: not where a layer carries a state from token to token,
+    nor where the family takes no positions."""
+    batch, spec = _batch(lm, _rows(lm, NEW)), _spec(lm.num_blocks)
+    with evaluating(lm.model):
+        alone = replace(lm, packs=False).tap(batch, Taps(hidden=(spec,))).hidden[spec]
+        try:
+            packed = replace(lm, packs=True).tap(batch, Taps(hidden=(spec,))).hidden[spec]
+        except TypeError:
+            return False
+    return _close(packed[NEW:], alone[NEW:], 1.0)
 
 
 def freeze_unreached(lm: LanguageModel, taps: Taps) -> None:
@@ -136,8 +159,12 @@ def _compare_rows(ours: Tensor, theirs: Sequence[Tensor], what: str, share: floa
 
 
 def _compare(ours: Tensor, theirs: Tensor, what: str, share: float = 1.0) -> None:
-    if ours.shape == theirs.shape and ours.dim() == 2:
-        difference = (ours.float() - theirs.float()).abs().mean(-1) / theirs.float().abs().mean(-1)
-        if float(difference.median()) <= min(0.4, share * TOLERANCE.get(theirs.dtype, 5e-3)):
-            return
-    raise ModelError(f"{what} are not those of its own forward pass; this family is not supported")
+    if not _close(ours, theirs, share):
+        raise ModelError(f"{what} are not those of its own forward pass; this family is not supported")
+
+
+def _close(ours: Tensor, theirs: Tensor, share: float) -> bool:
+    if ours.shape != theirs.shape or ours.dim() != 2:
+        return False
+    difference = (ours.float() - theirs.float()).abs().mean(-1) / theirs.float().abs().mean(-1)
+    return float(difference.median()) <= min(0.4, share * TOLERANCE.get(theirs.dtype, 5e-3))

@@ -99,6 +99,7 @@ class TeacherContext:
     world_size: int
     seed: int
     cache_tokens: int
+    packing: bool
     cache: Path
     """SQLite file of the run for a server's responses."""
     prompts: tuple[Prompt, ...] = ()

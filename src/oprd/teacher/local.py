@@ -16,7 +16,7 @@ from oprd.losses.chunked import logprobs_of
 from oprd.models.generate import Sampling, generate
 from oprd.models.language_model import Model
 from oprd.models.loading import ModelFacts, load_frozen, missing_in_common
-from oprd.models.probe import Use
+from oprd.models.probe import Use, packing
 from oprd.progress import console
 from oprd.teacher.base import (
     Chains,
@@ -196,6 +196,7 @@ class LocalTeacherConfig(TeacherConfig):
             quantization=self.quantization, use=Use(taps=needs.taps | Taps(head=needs.diagnostics), text=needs.text),
             pair_stops=() if aligned else context.pair_stops,
         )  # fmt: skip
+        model.lm = packing(model.lm, context.packing)
         return LocalTeacher(
             model, context=facts.model.context, same_shape=Capability.SAME_SHAPE in facts.provides,
             aligner=_aligner(context.student, facts.model) if aligned else None,

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, final
 
+from oprd.data.batching import concatenate
 from oprd.errors import DataError, TeacherMismatch
 from oprd.section import Field
 from oprd.teacher.base import AnyTeacherConfig, Chains, Generation, Generations, Teacher, TeacherContext, TeacherFacts
 from oprd.teacher.local import LocalTeacherConfig, SelfTeacherConfig
 from oprd.teacher.server import ServerTeacherConfig
-from oprd.types import Capability, HiddenSpec, Metric, Prompt, Rollouts, Taps, Targets, concatenate
+from oprd.types import Capability, HiddenSpec, Metric, Prompt, Rollouts, Taps, Targets
 
 OneTeacherConfig = Annotated[LocalTeacherConfig | SelfTeacherConfig | ServerTeacherConfig, Field(discriminator="type")]
 

@@ -12,7 +12,7 @@ import torch
 
 from oprd.algorithm import Update, mean_update
 from oprd.clock import Clock, peak_memory_gib
-from oprd.data.batching import split_by_tokens
+from oprd.data.batching import concatenate, split_by_tokens
 from oprd.errors import Interrupted, RunFolderError, ServerError, TrainingStopped
 from oprd.evaluate.evaluate import Evaluation, Evaluator
 from oprd.files import append_jsonl, read_json, write_atomically
@@ -26,7 +26,7 @@ from oprd.train.metrics import diagnostics, mass_on_stops, progress_note, some_s
 from oprd.train.save import save_student, write_card
 from oprd.train.setup import Parts
 from oprd.train.validation import validate
-from oprd.types import ALL_TOKENS, HiddenSpec, Rollouts, Taps, concatenate
+from oprd.types import ALL_TOKENS, HiddenSpec, Rollouts, Taps
 
 TRUNCATED_ALARM = 0.1
 """Above this share of truncated completions in a step the user is warned, once."""

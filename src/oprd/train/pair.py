@@ -93,6 +93,7 @@ def teacher_context(
         rank=ranks.rank,
         world_size=ranks.size,
         seed=recipe.seed,
+        packing=recipe.packing,
         cache_tokens=recipe.rollout.engine.cache_tokens,
         cache=RunFolder(recipe.output_dir).teacher_cache,
         given={key: value for key, value in handed.items() if value is not None},

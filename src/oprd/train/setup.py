@@ -1,5 +1,6 @@
 """From a recipe to the parts of a run: everything cheap is checked first, then servers are asked, then models are loaded."""
 
+import contextlib
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -20,9 +21,9 @@ from oprd.distributed import Ranks
 from oprd.effopd import Extrapolation, validation_prompts
 from oprd.errors import ConfigError, DataError
 from oprd.evaluate.benchmarks import Benchmark, load_benchmarks
-from oprd.models.language_model import LanguageModel, Model, is_peft
+from oprd.models.language_model import FrozenModel, LanguageModel, Model, is_peft
 from oprd.models.loading import ModelFacts, frozen_copy, load_frozen, load_student, student_facts
-from oprd.models.probe import Use, check_family
+from oprd.models.probe import Use, check_family, packing
 from oprd.objectives.base import Objective
 from oprd.progress import console
 from oprd.recipe import Recipe
@@ -222,6 +223,7 @@ def _load_student(
     check_family(lm, Use(taps=taps | Taps(head=recipe.health_tokens > 0)))
     if recipe.student.gradient_checkpointing:
         lm.recompute_blocks()
+    lm = packing(lm, recipe.packing)
     needed = _taps_initial(checked.objectives) or any(m.uses_initial_student for m in recipe.teacher.members.values())
     copy = (
         frozen_copy(lm, accelerator.device, lambda: accelerator.autocast()) if needed and not is_peft(model) else None
@@ -249,10 +251,19 @@ def _refuse_uneven_passes(recipe: Recipe, objectives: tuple[Objective, ...]) -> 
         )
 
 
+def _writer(recipe: Recipe, lm: LanguageModel, context: TeacherContext) -> FrozenModel | None:
+    """A copy of the student that writes: in one piece where its weights are sharded, in bfloat16 where it computes so."""
+    if not recipe.bf16 and not context.sharded:
+        return None
+    copy = frozen_copy(lm, context.device, contextlib.nullcontext)
+    for parameter in copy.lm.model.parameters() if recipe.bf16 else ():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return copy
+
+
 def _reference(checked: Checked, initial: Model, teacher: Teacher, device: torch.device) -> Reference | None:
     """The model of hidden states before training; None where no objective taps it. One by name is compared with the
     teacher, so it computes in the teacher's precision."""
-    recipe.rollout.engine.check_room(max(len(prompt.token_ids) for prompt in used) + room)
     wanted = {o.reference for o in checked.objectives if o.reference_taps.hidden}
     if not wanted:
         return None
@@ -265,7 +276,9 @@ def _reference(checked: Checked, initial: Model, teacher: Teacher, device: torch
         return Reference(initial)
     use = Use(taps=reduce(or_, (objective.reference_taps for objective in checked.objectives)), text=False)
     dtype = teacher.model.lm.core.dtype if isinstance(teacher, LocalTeacher) else torch.bfloat16
-    return Reference(load_frozen(name, checked.student.tokenizer, device, dtype=dtype, use=use))
+    reference = load_frozen(name, checked.student.tokenizer, device, dtype=dtype, use=use)
+    reference.lm = packing(reference.lm, checked.context.packing)
+    return Reference(reference)
 
 
 def _check_validation(
