@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conftest import MODELS, load_miniature, miniature_recipe
-from oprd.data.batching import split_by_tokens
 from oprd.distributed import Ranks
 from oprd.errors import ConfigError, ModelError, OprdError
 from oprd.recipe import parse_recipe
@@ -37,7 +36,7 @@ def first(tmp_path_factory, train_file):
 def kl_to_itself(folder, train_file, student, **changes):
     """(parts, KL(student || itself before training) of every token as a function of the weights in place)."""
     parts = setup(parse_recipe(miniature_recipe(folder, train_file, student=student, **(SELF | changes))))
-    (micro,) = split_by_tokens(rollouts_of(parts), parts.recipe.micro_batch_tokens)
+    micro = rollouts_of(parts)
     method = parts.method
     return parts, lambda: method.student.evaluate(method.batch(micro), method.targets(micro))[0]
 
