@@ -16,6 +16,7 @@ CANNOT = {
     "lfm2": "so in its convolutions",
     "bloom": "its positions are distances, counted over the whole row",
     "opt": "it counts positions itself",
+    "openai_gpt": "its attention does not end with the row",
 }
 
 
