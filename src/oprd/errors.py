@@ -26,7 +26,8 @@ class TeacherMismatch(OprdError):
 
 
 class ServerError(OprdError):
-    """A teacher's server cannot be used, or its budget is used up. What was answered before is in the cache."""
+    """A server, a teacher's or one that writes rollouts, cannot be used, or its budget is used up. What a teacher answered
+    before is in the cache."""
 
 
 class RunFolderError(OprdError):

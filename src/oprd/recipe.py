@@ -20,6 +20,7 @@ from oprd.models.loading import StudentConfig
 from oprd.objectives import AnyObjective
 from oprd.rollout.hf import HFEngineConfig
 from oprd.rollout.sources import SourceConfig, StudentSource
+from oprd.rollout.vllm import VLLMEngineConfig
 from oprd.section import Listed, NonNegativeInt, PositiveInt, Ramp, Section, Seed
 from oprd.student import OptimizerSection
 from oprd.teacher import AnyTeacher
@@ -34,8 +35,8 @@ class RolloutConfig(SamplingSection):
 
     source: SourceConfig = StudentSource()
     """Who writes: `{type: student}`, `dataset`, `teacher` or `rewrite`."""
-    engine: HFEngineConfig = HFEngineConfig()
-    """What generates the student's completions."""
+    engine: Annotated[HFEngineConfig | VLLMEngineConfig, Field(discriminator="type")] = HFEngineConfig()
+    """What generates the student's completions: `{type: hf}` or `vllm`."""
     group_size: PositiveInt = 2
     """Completions per prompt."""
     sampling_temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
@@ -131,6 +132,12 @@ class Recipe(OptimizerSection):
         if sum(objective.writes_scores for objective in self.objective) > 1:
             raise ValueError("a completion is audited once: use one objective 'omni_opd' in a recipe")
         only_text = all(o.requires <= self.rollout.source.provides for o in self.objective)
+        hottest = max(self.rollout.sampling_temperature, self.evaluation.sampling_temperature)
+        if hottest > self.rollout.engine.max_temperature:
+            raise ValueError(
+                f"sampling_temperature is {hottest}, rollout.engine {self.rollout.engine.type!r} takes up to "
+                f"{self.rollout.engine.max_temperature}"
+            )
         self.rollout.source.check_lengths(shortest, longest, only_teacher_text=only_text)
         return self
 

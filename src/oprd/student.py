@@ -13,12 +13,13 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from oprd.models.language_model import FrozenModel, LanguageModel, Model, evaluating, train_mode
+from oprd.models.language_model import FrozenModel, LanguageModel, Model, evaluating, is_peft, train_mode
 from oprd.models.probe import freeze_unreached
 from oprd.objectives.base import Objective
 from oprd.section import NonNegativeFloat, PositiveFloat, Rate, Section, Share
@@ -179,6 +180,12 @@ class Student(Model):
                 copy.copy_(mine.full_tensor() if isinstance(mine, DTensor) else mine)
         return self._writer
 
+    def weights(self) -> dict[str, Tensor]:
+        adapter = is_peft(self.lm.model)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter)
+        gathered = cast(dict[str, Tensor], get_model_state_dict(self.wrapper, options=options))
+        return {name.removeprefix("student."): x for name, x in gathered.items() if name.startswith("student.")}
+
     def reshard(self) -> None:
         """Let go of gathered copies: after weights were written, FSDP would go on using them in place of the shards."""
         for module in self.wrapper.modules():
@@ -226,6 +233,9 @@ class InitialStudent(Model):
             parameter.copy_(value)
         if weights:
             self._student.reshard()
+
+    def weights(self) -> dict[str, Tensor]:
+        return self._model.weights()
 
 
 @torch.no_grad()

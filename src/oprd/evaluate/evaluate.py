@@ -79,13 +79,13 @@ class Evaluator:
         COMPLETIONS/NAME.jsonl. What `log` has for this step already is not computed again."""
         known = {row["benchmark"]: row for row in read_jsonl(log, "step") if row["step"] == facts["step"]}
         results = []
-        self.engine.sync_weights()
-        for benchmark in self.benchmarks:
-            name = benchmark.name
-            row = known.get(name) or asdict(self.evaluate(benchmark, completions / f"{name}.jsonl"))
-            if name not in known and self.ranks.is_main:
-                append_jsonl(log, {**facts, **row})
-            results.append(Evaluation.from_row(row))
+        with self.engine.session():
+            for benchmark in self.benchmarks:
+                name = benchmark.name
+                row = known.get(name) or asdict(self.evaluate(benchmark, completions / f"{name}.jsonl"))
+                if name not in known and self.ranks.is_main:
+                    append_jsonl(log, {**facts, **row})
+                results.append(Evaluation.from_row(row))
         self.ranks.wait()
         return tuple(results)
 

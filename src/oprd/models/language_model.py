@@ -189,6 +189,11 @@ class Model(ABC):
         """The model that writes with the weights as they are now: this one, or a copy that is faster. Every rank calls it."""
         return self
 
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor]:
+        """What `save_pretrained` is given: the tensors, of a student with an adapter the trained ones, in CPU memory and
+        whole. Called on every rank; only the main rank gets them where there are several."""
+
 
 @final
 class FrozenModel(Model):
@@ -206,6 +211,9 @@ class FrozenModel(Model):
     def generate(self, **kwargs: Any) -> Any:
         with evaluating(self.lm.model), self._autocast():
             return cast(Any, self.lm.model).generate(**kwargs)
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.lm.model.state_dict()
 
 
 def is_peft(model: nn.Module) -> bool:

@@ -1,14 +1,26 @@
 """What writes completions."""
 
+import contextlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
+from oprd.distributed import Ranks
 from oprd.models.generate import Sampling
+from oprd.models.language_model import Model
+from oprd.models.loading import ModelFacts
+from oprd.section import PositiveInt, Section
 from oprd.types import Prompt, Rollouts
 
 
 class RolloutEngine(ABC):
     """Writes completions with the student's weights."""
+
+    max_logprob_difference: float = math.inf
+    """Largest mean difference, in nats, of its `sampling_logprobs` to the student's own."""
 
     @abstractmethod
     def sync_weights(self) -> None:
@@ -20,8 +32,50 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> Rollouts:
-        """`sampling.samples` completions of every prompt, prompt by prompt.
+        """`sampling.samples` completions of every prompt, prompt by prompt. Called inside `session`.
 
         The result depends on weights, prompts, sampling and seed alone. A completion that meets the length limit before a
         stop token is marked unfinished; its text is as sampled, without an invented end.
         """
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """Around calls of `generate`, on every rank: weights as they are on entry, and memory for writing only inside."""
+        self.sync_weights()
+        yield
+        self.sleep()
+
+    def sleep(self) -> None:  # noqa: B027
+        """Give back memory until the next `sync_weights`."""
+
+    def close(self) -> None:  # noqa: B027
+        """End what the engine has started."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineContext:
+    """What engines are built from."""
+
+    ranks: Ranks
+    folder: Path
+    """Of the engine's own files, inside the run folder. Made when first used."""
+    bf16: bool
+    """The student computes in bfloat16."""
+    tokens: int
+    """Of the longest prompt and the longest completion together."""
+
+
+class EngineConfig(Section, ABC):
+    """What generates the student's completions."""
+
+    max_temperature: ClassVar[float] = math.inf
+
+    cache_tokens: PositiveInt = 131_072
+    """Tokens of the key-value cache: as many sequences are generated at once as fit it with their longest completions."""
+
+    def check(self, student: ModelFacts, context: EngineContext) -> None:
+        """Raise an OprdError for what cannot work, on every rank, before weights are loaded."""
+
+    @abstractmethod
+    def build(self, model: Model, context: EngineContext) -> RolloutEngine:
+        """The engine for this model."""

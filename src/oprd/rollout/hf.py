@@ -6,28 +6,24 @@ from typing import Literal, final
 from oprd.errors import ConfigError
 from oprd.models.generate import Sampling, generate
 from oprd.models.language_model import Model
-from oprd.rollout.base import RolloutEngine
-from oprd.section import PositiveInt, Section
+from oprd.models.loading import ModelFacts
+from oprd.rollout.base import EngineConfig, EngineContext, RolloutEngine
 from oprd.types import Prompt, Rollouts
 
 
-class HFEngineConfig(Section):
+class HFEngineConfig(EngineConfig):
     """transformers' generate, with the weights in training."""
 
     type: Literal["hf"] = "hf"
-    cache_tokens: PositiveInt = 131_072
-    """Tokens of the key-value cache: as many sequences are generated at once as fit it with their longest completions."""
 
-    def check_room(self, tokens: int) -> None:
-        """Raise ConfigError if not even one sequence of this many tokens fits."""
-        if tokens > self.cache_tokens:
+    def check(self, student: ModelFacts, context: EngineContext) -> None:
+        if context.tokens > self.cache_tokens:
             raise ConfigError(
                 f"rollout.engine.cache_tokens is {self.cache_tokens}, but the longest prompt and its longest completion take "
-                f"{tokens} tokens; raise it, or lower rollout.max_completion_length"
+                f"{context.tokens} tokens; raise it, or lower max_completion_length"
             )
 
-    def build(self, model: Model) -> RolloutEngine:
-        """The engine for this model."""
+    def build(self, model: Model, context: EngineContext) -> RolloutEngine:
         return HFEngine(model, cache_tokens=self.cache_tokens)
 
 

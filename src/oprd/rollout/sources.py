@@ -77,8 +77,8 @@ class Source(Section, ABC):
 
     def _student_writes(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> Rollouts:
         seed = derive_seed(self._context.seed, "rollout", step, self._context.rank)
-        self._context.engine.sync_weights()
-        return self._context.engine.generate(prompts, sampling, seed=seed)
+        with self._context.engine.session():
+            return self._context.engine.generate(prompts, sampling, seed=seed)
 
     def _dataset_writes(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollouts:
         """The dataset's completions, ended by the stop token unless they are too long."""
@@ -250,7 +250,9 @@ class RewriteSource(_TeacherWrites):
             if reasons[i] is None:
                 ids[i], finished[i] = rewrite, True
         kept = tuple(reason is None for reason in reasons)
-        learned = replace(written, completion_ids=tuple(ids), finished=tuple(finished), rewritten=kept)
+        learned = replace(
+            written, completion_ids=tuple(ids), finished=tuple(finished), rewritten=kept, sampling_logprobs=None
+        )
         self._metrics = _rewrite_metrics(written, learned, kept, Counter(reasons), own)
         return written, learned
 

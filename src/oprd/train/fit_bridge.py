@@ -1,5 +1,6 @@
 """`oprd fit-bridge`: from a recipe with objective `oprd_bridge` to the file that it names."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,8 @@ from oprd.seeds import derive_seed
 from oprd.student import InitialStudent
 from oprd.teacher.local import LocalTeacher
 from oprd.train.pair import Given, check_pairs, teacher_context
-from oprd.train.setup import open_accelerator
+from oprd.train.setup import engine_context, open_accelerator
+from oprd.types import Prompt, Rollouts
 
 MAX_RANK = 4096
 """Largest rank in the file, cut to the smaller width; it contains every smaller one."""
@@ -71,14 +73,20 @@ def prepare_fit(recipe: Recipe, objective: BridgeObjective, given: Given) -> Fit
     lm = LanguageModel(model=model, tokenizer=facts.tokenizer, name=recipe.student.model)
     check_family(lm, EVERYTHING)
     student = FrozenModel(lm, lambda: accelerator.autocast())
-    longest = max(len(prompt.token_ids) for prompt in prompts) + rollout.max_completion_length
-    engine, sampling = rollout.engine.build(student), rollout.sampling(samples=rollout.group_size)
+    engine_facts = engine_context(recipe, ranks, prompts)
+    rollout.engine.check(facts, engine_facts)
+    engine, sampling = rollout.engine.build(student, engine_facts), rollout.sampling(samples=rollout.group_size)
+
+    def write(some: Sequence[Prompt], number: int) -> Rollouts:
+        with engine.session():
+            return engine.generate(some, sampling, seed=derive_seed(recipe.seed, "fit", number))
+
     return FitJob(
         student=student,
         teacher=cast(LocalTeacher, recipe.teacher.build(teacher_facts, context)),
         setting=objective.setting(facts.blocks, teacher_facts.model.blocks),
         prompts=tuple(recipe.teacher.render(prompt, teacher_facts, room) for prompt in prompts),
-        write=lambda some, number: engine.generate(some, sampling, seed=derive_seed(recipe.seed, "fit", number)),
-        batch_size=max(1, engine.at_once(longest) // rollout.group_size),
+        write=write,
+        batch_size=max(1, engine.at_once(engine_facts.tokens) // rollout.group_size),
         micro_batch_tokens=recipe.micro_batch_tokens,
     )

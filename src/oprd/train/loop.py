@@ -22,7 +22,14 @@ from oprd.recipe import recipe_to_yaml
 from oprd.seeds import derive_seed
 from oprd.train.checkpoint import checkpoints, forget_after, load_checkpoint, save_checkpoint, whole_checkpoint
 from oprd.train.interrupt import Interrupt
-from oprd.train.metrics import diagnostics, mass_on_stops, progress_note, some_samples, step_metrics
+from oprd.train.metrics import (
+    diagnostics,
+    logprob_difference,
+    mass_on_stops,
+    progress_note,
+    some_samples,
+    step_metrics,
+)
 from oprd.train.save import save_student, write_card
 from oprd.train.setup import Parts
 from oprd.train.validation import validate
@@ -74,6 +81,7 @@ def train(parts: Parts) -> Result:
         progress = _start(parts)
         interrupt = stack.enter_context(Interrupt())
         stack.callback(parts.method.teacher.close)
+        stack.callback(parts.engine.close)
         stack.enter_context(parts.verifier)
         stack.enter_context(_rescue(parts, progress))
         stop = partial(_stop_if_asked, parts, progress, interrupt)
@@ -141,6 +149,7 @@ def _step(parts: Parts, progress: Progress, bar: Bar) -> None:
     start, clock = time.perf_counter(), Clock(parts.ranks.device)
     with clock.section("rollout"):
         written, rollouts = _collect(parts, progress)
+        compared = _compared(parts, progress, written)
     if step == 1 and recipe.health_tokens:
         _tell_of_stops(parts, written)
     learning_rate = method.student.learning_rate
@@ -150,7 +159,7 @@ def _step(parts: Parts, progress: Progress, bar: Bar) -> None:
     progress.skipped_steps += not update.finite
     progress.step, method.student.between_steps = step, True
     logged = step % recipe.logging_steps == 0
-    metrics = step_metrics(method, update, written, step)
+    metrics = step_metrics(method, update, written, step) | compared
     if logged and recipe.health_tokens:
         metrics |= diagnostics(method, written, recipe.health_tokens)
     metrics["train/learning_rate/last"] = learning_rate
@@ -173,7 +182,7 @@ def _step(parts: Parts, progress: Progress, bar: Bar) -> None:
 
 
 def _collect(parts: Parts, progress: Progress) -> tuple[Rollouts, Rollouts]:
-    """The step's rollouts. When a teacher's server gives out on any rank, all save what was learned so far and stop."""
+    """The step's rollouts. When what a rank waits for gives out, all save what was learned so far and stop."""
     rollout, step = parts.recipe.rollout, progress.step + 1
     sampling = rollout.sampling(samples=rollout.group_size, max_new_tokens=rollout.length_at(step))
     error: ServerError | None = None
@@ -183,19 +192,41 @@ def _collect(parts: Parts, progress: Progress) -> tuple[Rollouts, Rollouts]:
         error = caught
     if not parts.ranks.any_rank(error is not None):
         return both
+    raise _stopped(parts, progress, str(error or "what another rank waits for gave out; its message says why"))
+
+
+def _stopped(parts: Parts, progress: Progress, reason: str) -> TrainingStopped:
+    """Save what was learned so far, on every rank; the error that ends the run before its next step."""
     _save(parts, progress)
-    reason = str(error or "the teacher of another rank gave out; its message says why").rstrip(".")
-    raise TrainingStopped(
-        f"{reason}. Stopped before step {step}; a checkpoint is in {parts.folder.checkpoints}. "
+    return TrainingStopped(
+        f"{reason.rstrip('.')}. Stopped before step {progress.step + 1}; a checkpoint is in {parts.folder.checkpoints}. "
         "Go on with resume_from_checkpoint=latest"
-    ) from None
+    )
+
+
+def _compared(parts: Parts, progress: Progress, written: Rollouts) -> dict[str, float]:
+    """How far the engine's log-probabilities are from the student's own. Too far, the run stops: it would learn from texts
+    of another model, with a loss that looks right."""
+    found, most = logprob_difference(parts.method, written), parts.engine.max_logprob_difference
+    for difference in found.values():
+        if not difference <= most:
+            raise _stopped(
+                parts, progress,
+                f"the log-probabilities of the sampled tokens differ by {difference:.3g} nats on average between the rollout "
+                f"engine and the student, more than rollout.engine.max_logprob_difference={most:g}: the student's weights did "
+                "not reach the engine, or it computes with another precision or another model",
+            )  # fmt: skip
+    return found
 
 
 def _updates(parts: Parts, rollouts: Rollouts, step: int, clock: Clock) -> list[Update]:
     """The optimizer updates on one step's rollouts; all but the first are off-policy."""
     method, count = parts.method, parts.recipe.rollout.updates_per_rollout
     weighted = any(objective.importance_weighted for objective in method.student.objectives)
-    if count > 1 and weighted and rollouts.written_by == "student":
+    off_policy = count > 1 and weighted and rollouts.written_by == "student"
+    if not off_policy or method.student.lm.pair_stops:  # an engine does not count the ids that end a turn as one
+        rollouts = replace(rollouts, sampling_logprobs=None)
+    if off_policy and rollouts.sampling_logprobs is None:
         with clock.section("update"):
             rollouts = _with_sampling_logprobs(parts, rollouts)
     updates = []
@@ -206,10 +237,8 @@ def _updates(parts: Parts, rollouts: Rollouts, step: int, clock: Clock) -> list[
 
 
 def _with_sampling_logprobs(parts: Parts, rollouts: Rollouts) -> Rollouts:
-    """The rollouts, in another order, with the log-probabilities of their tokens under the weights that sampled them.
-
-    By the trainer's own forward pass, because an engine's may differ by its precision.
-    """
+    """The rollouts, in another order, with the log-probabilities of their tokens under the weights that sampled them, where
+    the engine gave none."""
     method, spec = parts.method, HiddenSpec(block="last", at="predicting", tokens=ALL_TOKENS)
     micros = split_by_tokens(rollouts, method.micro_batch_tokens)
     done = []

@@ -4,6 +4,7 @@ The diagnostics are those of arXiv:2604.13016: does the student come nearer to t
 gradient on a few tokens, so that they can be on at every step whatever the objective.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from oprd.algorithm import Distillation, Update, term_names
 from oprd.data.batching import split_by_tokens
 from oprd.data.chat import decode
 from oprd.distributed import Ranks
-from oprd.losses.chunked import logits, statistics
+from oprd.losses.chunked import logits, logprobs_of, statistics
 from oprd.losses.divergences import entropy, shared, token_logprobs
 from oprd.types import ALL_TOKENS, HiddenSpec, HiddenStates, Metric, Rollouts, Taps, TokenSelection
 
@@ -23,6 +24,8 @@ OVERLAP_K = 16
 """Size of the top-k sets that are compared, as in arXiv:2604.13016."""
 MIN_COMPLETIONS = 4
 SAMPLES_PER_STEP = 2
+COMPARED_TOKENS = 1024
+"""Sampled tokens whose log-probabilities by the engine and by the student are compared, on every rank."""
 
 
 def step_metrics(method: Distillation, update: Update, written: Rollouts, step: int) -> dict[str, float]:
@@ -122,6 +125,23 @@ def mass_on_stops(method: Distillation, written: Rollouts) -> str:
     return f"Mean probability where this step's completions end: student {student}; teacher {teacher}."
 
 
+def logprob_difference(method: Distillation, rollouts: Rollouts) -> dict[str, float]:
+    """Mean absolute difference, in nats, of the engine's log-probabilities of some sampled tokens to the student's own, over
+    all ranks; empty for an engine that gives none."""
+    if rollouts.sampling_logprobs is None:
+        return {}
+    sample, spec = _sample(rollouts, COMPARED_TOKENS), HiddenSpec(block="last", at="predicting", tokens=ALL_TOKENS)
+    batch = method.batch(sample)
+    states = method.student.hidden(batch, Taps(hidden=(spec,), head=True))
+    assert states.head is not None
+    assert batch.sampling_logprobs is not None
+    head = replace(states.head, stops=())  # the engine knows each id that ends a turn by itself
+    own = logprobs_of(states.hidden[spec], head, batch.sampled_ids(ALL_TOKENS))
+    apart = (own - batch.ragged(batch.sampling_logprobs, ALL_TOKENS)).abs().nan_to_num(math.inf)
+    total, count = method.ranks.sum([float(apart.sum()), float(len(apart))])
+    return {"rollout/logprob_difference/mean": total / count} if count else {}
+
+
 def some_samples(method: Distillation, rollouts: Rollouts) -> list[dict[str, Any]]:
     """The first completion of the first prompts of the step, as text."""
     size = len(rollouts) // len({prompt.row for prompt in rollouts.prompts})
@@ -152,8 +172,9 @@ def _sample(rollouts: Rollouts, tokens: int) -> Rollouts:
     wanted = max(MIN_COMPLETIONS, tokens // mean_length)
     some = rollouts.take(rows[:: max(1, len(rows) // wanted)][:wanted])
     room = max(1, tokens // len(some))
-    bare = Rollouts(prompts=some.prompts, completion_ids=some.completion_ids, finished=some.finished)
-    return replace(bare, completion_ids=tuple(ids[:room] for ids in some.completion_ids))
+    logprobs = None if some.sampling_logprobs is None else tuple(row[:room] for row in some.sampling_logprobs)
+    ids = tuple(ids[:room] for ids in some.completion_ids)
+    return Rollouts(prompts=some.prompts, completion_ids=ids, finished=some.finished, sampling_logprobs=logprobs)
 
 
 def _measure(student: HiddenStates, teacher: HiddenStates | None) -> list[float]:

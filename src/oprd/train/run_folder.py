@@ -6,6 +6,7 @@ checkpoints/    to resume from                   evaluations.jsonl one line per 
 student/        the trained student              evaluations/      every completion with its verdict
                                                  searches.jsonl    one line per search of the extrapolation
 teacher_cache.sqlite  what a server answered, and what it cost
+engine/         weights on their way to vLLM, and its log
 """
 
 import fcntl
@@ -50,6 +51,7 @@ class RunFolder:
         self.evaluations = self.path / "evaluations.jsonl"
         self.searches = self.path / "searches.jsonl"
         self.teacher_cache = self.path / "teacher_cache.sqlite"
+        self.engine = self.path / "engine"
         self._lock: IO[str] | None = None
 
     def check(self, recipe: Recipe, *, needed_gib: float) -> None:
@@ -143,8 +145,8 @@ class RunFolder:
         return lock
 
     def _holds_other_things(self) -> bool:
-        """Besides what a start leaves that came no further than its teacher's server or its own record."""
-        own = (self.teacher_cache.name, LOCK, "run.json", ".run.json.tmp", ".recipe.yaml.tmp")
+        """Besides what a start leaves that came no further than its teacher's server, its engine or its own record."""
+        own = (self.teacher_cache.name, self.engine.name, LOCK, "run.json", ".run.json.tmp", ".recipe.yaml.tmp")
         return any(not file.name.startswith(own) for file in self.path.iterdir())
 
     def _check_writable(self, needed_gib: float) -> None:

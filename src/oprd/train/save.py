@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import GenerationConfig, PreTrainedModel
 
 from oprd.evaluate.evaluate import Evaluation
@@ -16,17 +15,14 @@ from oprd.models.language_model import LanguageModel, is_peft
 from oprd.recipe import Recipe, recipe_to_yaml
 from oprd.train.setup import Parts
 
-_STUDENT = "student."
-
 
 def save_student(parts: Parts) -> None:
     """Write weights (an adapter for a LoRA student), tokenizer, generation config and a card. Called on every rank."""
     student = parts.method.student
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=is_peft(student.lm.model))
-    gathered = get_model_state_dict(student.wrapper, options=options)
+    named = student.weights()
     if not parts.ranks.is_main:
         return
-    lm, named = student.lm, {n.removeprefix(_STUDENT): x for n, x in gathered.items() if n.startswith(_STUDENT)}
+    lm = student.lm
     dtype = torch.bfloat16 if parts.recipe.bf16 and not is_peft(lm.model) else torch.float32
     lm.core.generation_config = generation_config(lm)
     with replacing(parts.folder.student) as folder:

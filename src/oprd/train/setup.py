@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import reduce
@@ -27,7 +28,7 @@ from oprd.models.probe import Use, check_family, packing
 from oprd.objectives.base import Objective
 from oprd.progress import console
 from oprd.recipe import Recipe
-from oprd.rollout.base import RolloutEngine
+from oprd.rollout.base import EngineContext, RolloutEngine
 from oprd.rollout.sources import SourceContext
 from oprd.student import InitialStudent, Student
 from oprd.teacher.base import Teacher, TeacherContext, TeacherFacts
@@ -53,6 +54,7 @@ class Checked:
     prompts: Prompts
     benchmarks: tuple[Benchmark, ...]
     context: TeacherContext
+    engine: EngineContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,7 @@ def setup(recipe: Recipe, given: Given | None = None) -> Parts:
     for objective in checked.objectives:
         objective.check_models(student.lm, teacher.model.lm if isinstance(teacher, LocalTeacher) else None)
     verifier, rollout = VerifierPool(), recipe.rollout
-    engine = rollout.engine.build(student)
+    engine = rollout.engine.build(student, checked.engine)
     source = rollout.source.bind(
         SourceContext(
             engine=engine, teacher=teacher, tokenizer=student.lm.tokenizer, end_of_turn=student.lm.end_of_turn, 
@@ -184,16 +186,29 @@ def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -
     used = prompts.prepare(in_order(range(min(places, len(prompts))), len(prompts), recipe.seed))
     recipe.rollout.source.check_prompts(used)
     folder.check_prompts(prompts.digest(recipe.seed))
-    recipe.rollout.engine.check_room(max(len(prompt.token_ids) for prompt in used) + room)
     _check_validation(recipe, objectives, teacher, prompts)
+    benchmarks = load_benchmarks(recipe.evaluation, student.tokenizer, context=student.context)
+    engine = engine_context(recipe, ranks, used, benchmarks)
+    recipe.rollout.engine.check(student, engine)
     return Checked(
         student=student,
         teacher=teacher,
         objectives=objectives,
         prompts=prompts,
-        benchmarks=load_benchmarks(recipe.evaluation, student.tokenizer, context=student.context),
+        benchmarks=benchmarks,
         context=replace(context, prompts=used, pair_stops=pair_stops(student, teacher)),
+        engine=engine,
     )
+
+
+def engine_context(
+    recipe: Recipe, ranks: Ranks, prompts: Sequence[Prompt], benchmarks: Sequence[Benchmark] = ()
+) -> EngineContext:
+    """What the engine is built from, for texts on all these prompts."""
+    asked = [(prompts, recipe.rollout.max_completion_length)]
+    asked += [(benchmark.prompts, recipe.evaluation.max_completion_length) for benchmark in benchmarks]
+    tokens = max(len(prompt.token_ids) + most for some, most in asked for prompt in some)
+    return EngineContext(ranks=ranks, folder=RunFolder(recipe.output_dir).engine, bf16=recipe.bf16, tokens=tokens)
 
 
 def _tell_of_stops(checked: Checked) -> None:

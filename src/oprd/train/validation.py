@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -23,15 +24,15 @@ def validate(parts: Parts, config: EffOPDConfig, step: int) -> Scores:
     rank, size = (0, 1) if ranks.sharded else (ranks.rank, ranks.size)
     prompts = validation_prompts(config, parts.prompts, recipe.seed)
     mine = prompts[rank::size]
-    parts.engine.sync_weights()
     rows: list[tuple[int, float | None, int]] = []
-    if mine:
-        seed = derive_seed(recipe.seed, "extrapolation", step, rank)
-        # the answer stands at the end: completions that a schedule still cuts short would all be wrong, and every tie accepted
-        whole, rollout = config.score == "accuracy", recipe.rollout
-        longest = rollout.max_completion_length if whole else rollout.length_at(step)
-        sampling = rollout.sampling(samples=config.validation_samples, max_new_tokens=longest)
+    seed = derive_seed(recipe.seed, "extrapolation", step, rank)
+    # the answer stands at the end: completions that a schedule still cuts short would all be wrong, and every tie accepted
+    whole, rollout = config.score == "accuracy", recipe.rollout
+    longest = rollout.max_completion_length if whole else rollout.length_at(step)
+    sampling = rollout.sampling(samples=config.validation_samples, max_new_tokens=longest)
+    with parts.engine.session():  # on every rank
         written = parts.engine.generate(mine, sampling, seed=seed)
+    if mine:
         if ranks.sharded:
             # a last bit on another GPU can lead to another token, and then to another number of passes than the others make
             written = ranks.gather_objects([written])[0]
@@ -71,7 +72,7 @@ def _minus_objective(parts: Parts, written: Rollouts, step: int) -> list[tuple[i
     """(row, minus the weighted objectives' means over the supervised tokens) of each completion; None without any."""
     method, objectives = parts.method, parts.method.student.objectives
     rows: list[tuple[int, float | None]] = []
-    for micro in split_by_tokens(method.annotate(written), method.micro_batch_tokens):
+    for micro in split_by_tokens(method.annotate(replace(written, sampling_logprobs=None)), method.micro_batch_tokens):
         losses = method.student.evaluate(method.batch(micro), method.targets(micro))
         totals: list[float | None] = [0.0] * len(micro)
         for objective, loss in zip(objectives, losses, strict=True):
