@@ -3,23 +3,24 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
 
 import torch
 
 from oprd.clock import Clock
-from oprd.data.batching import split_by_tokens, student_batch
+from oprd.data.batching import concatenate, split_by_tokens, student_batch
 from oprd.distributed import Ranks
 from oprd.errors import TrainingStopped
+from oprd.losses.chunked import logprobs_of
 from oprd.models.generate import Sampling
 from oprd.objectives.base import Objective, StepContext
 from oprd.rollout.sources import Source
 from oprd.student import Student
 from oprd.teacher.base import Teacher
 from oprd.teacher.local import Reference
-from oprd.types import Batch, Prompt, Rollouts, Taps, Targets
+from oprd.types import ALL_TOKENS, Batch, HiddenSpec, Prompt, Rollouts, Taps, Targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,20 @@ class Distillation:
         return Update(
             losses=tuple(losses_of_step), supervised=tuple(map(int, supervised)), grad_norm=norm, finite=finite
         )
+
+    def with_sampling_logprobs(self, rollouts: Rollouts) -> Rollouts:
+        """The rollouts, in another order, with the log-probabilities of their tokens under the weights in place."""
+        spec, done = HiddenSpec(block="last", at="predicting", tokens=ALL_TOKENS), list[Rollouts]()
+        micros = split_by_tokens(rollouts, self.micro_batch_tokens)
+        for number in range(int(self.ranks.max(len(micros)))):
+            micro = micros[number] if number < len(micros) else micros[0]  # sharded: equal passes on every rank
+            batch = self.batch(micro)
+            states = self.student.hidden(batch, Taps(hidden=(spec,), head=True))
+            assert states.head is not None
+            ids = batch.sampled_ids(ALL_TOKENS)
+            rows = logprobs_of(states.hidden[spec], states.head, ids).cpu().split(micro.lengths)
+            done.append(replace(micro, sampling_logprobs=tuple(tuple(row.tolist()) for row in rows)))
+        return concatenate(done[: len(micros)])
 
     def targets(self, micro: Rollouts) -> Targets:
         """What the objectives compare the student with on a micro-batch; made just before use."""

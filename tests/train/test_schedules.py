@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from conftest import miniature_recipe
-from oprd.data.batching import split_by_tokens
+from oprd.data.batching import concatenate, split_by_tokens
 from oprd.errors import ConfigError, Interrupted
 from oprd.models.generate import Sampling
 from oprd.recipe import RolloutConfig, parse_recipe
@@ -97,16 +97,16 @@ def test_on_policy_updates_have_importance_weights_of_one(tmp_path, train_file):
     plain = weights_after(tmp_path, train_file, objective=SAMPLED)
     parts = setup(parse_recipe(miniature_recipe(tmp_path, train_file, objective=SAMPLED, health_tokens=0)))
     for _ in range(2):
-        update(parts, loop._with_sampling_logprobs(parts, rollouts_of(parts)))
+        update(parts, parts.method.with_sampling_logprobs(rollouts_of(parts)))
     assert_same_weights(weights(parts), plain, atol=1e-5)
 
 
 def test_an_off_policy_update_is_weighted_by_the_probabilities_at_sampling_time(tmp_path, train_file):
     tree = miniature_recipe(tmp_path, train_file, objective=SAMPLED, learning_rate=1e-2, health_tokens=0)
     parts = setup(parse_recipe(tree))
-    sampled = loop._with_sampling_logprobs(parts, rollouts_of(parts))
+    sampled = parts.method.with_sampling_logprobs(rollouts_of(parts))
     update(parts, sampled)
-    now = loop._with_sampling_logprobs(parts, rollouts_of(parts))
+    now = parts.method.with_sampling_logprobs(rollouts_of(parts))
     logprobs = [torch.tensor([x for row in r.sampling_logprobs for x in row]) for r in (now, sampled)]
     ratios = (logprobs[0] - logprobs[1]).exp()
     assert ratios.max() > 2 > 0.9 > ratios.min()
@@ -121,7 +121,7 @@ def test_an_off_policy_update_is_weighted_by_the_probabilities_at_sampling_time(
 
 def _values(parts, rollouts) -> torch.Tensor:
     """The objective's value at every token."""
-    (micro,) = split_by_tokens(rollouts, 10**9)
+    micro = concatenate(split_by_tokens(rollouts, 10**9))
     return parts.method.student.evaluate(parts.method.batch(micro), parts.method.targets(micro))[0]
 
 

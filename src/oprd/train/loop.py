@@ -12,11 +12,9 @@ import torch
 
 from oprd.algorithm import Update, mean_update
 from oprd.clock import Clock, peak_memory_gib
-from oprd.data.batching import concatenate, split_by_tokens
 from oprd.errors import Interrupted, RunFolderError, ServerError, TrainingStopped
 from oprd.evaluate.evaluate import Evaluation, Evaluator
 from oprd.files import append_jsonl, read_json, write_atomically
-from oprd.losses.chunked import logprobs_of
 from oprd.progress import Bar, console, progress_bar
 from oprd.recipe import recipe_to_yaml
 from oprd.seeds import derive_seed
@@ -33,7 +31,7 @@ from oprd.train.metrics import (
 from oprd.train.save import save_student, write_card
 from oprd.train.setup import Parts
 from oprd.train.validation import validate
-from oprd.types import ALL_TOKENS, HiddenSpec, Rollouts, Taps
+from oprd.types import Rollouts
 
 TRUNCATED_ALARM = 0.1
 """Above this share of truncated completions in a step the user is warned, once."""
@@ -228,28 +226,12 @@ def _updates(parts: Parts, rollouts: Rollouts, step: int, clock: Clock) -> list[
         rollouts = replace(rollouts, sampling_logprobs=None)
     if off_policy and rollouts.sampling_logprobs is None:
         with clock.section("update"):
-            rollouts = _with_sampling_logprobs(parts, rollouts)
+            rollouts = method.with_sampling_logprobs(rollouts)
     updates = []
     for number in range(count):
         torch.manual_seed(derive_seed(parts.recipe.seed, "update", step, number, parts.ranks.rank))  # dropout, redraws
         updates.append(method.update(rollouts, step, clock))
     return updates
-
-
-def _with_sampling_logprobs(parts: Parts, rollouts: Rollouts) -> Rollouts:
-    """The rollouts, in another order, with the log-probabilities of their tokens under the weights that sampled them, where
-    the engine gave none."""
-    method, spec = parts.method, HiddenSpec(block="last", at="predicting", tokens=ALL_TOKENS)
-    micros = split_by_tokens(rollouts, method.micro_batch_tokens)
-    done = []
-    for number in range(int(parts.ranks.max(len(micros)))):
-        micro = micros[number] if number < len(micros) else micros[0]  # sharded: equal passes on every rank
-        batch = method.batch(micro)
-        states = method.student.hidden(batch, Taps(hidden=(spec,), head=True))
-        assert states.head is not None
-        rows = logprobs_of(states.hidden[spec], states.head, batch.sampled_ids(ALL_TOKENS)).cpu().split(micro.lengths)
-        done.append(replace(micro, sampling_logprobs=tuple(tuple(row.tolist()) for row in rows)))
-    return concatenate(done[: len(micros)])
 
 
 def _extrapolate(parts: Parts, step: int, clock: Clock) -> dict[str, float]:

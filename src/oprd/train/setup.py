@@ -36,7 +36,7 @@ from oprd.teacher.local import LocalTeacher, Reference
 from oprd.train.checkpoint import find_checkpoint
 from oprd.train.pair import Given, check_pairs, pair_rows, pair_stops, teacher_context
 from oprd.train.run_folder import RunFolder
-from oprd.types import Capability, Taps
+from oprd.types import Capability, Prompt, Taps
 from oprd.verify.pool import VerifierPool
 
 LONGEST_WAIT = timedelta(hours=3)
