@@ -148,8 +148,9 @@ def _step(parts: Parts, progress: Progress, bar: Bar) -> None:
     with clock.section("rollout"):
         written, rollouts = _collect(parts, progress)
         compared = _compared(parts, progress, written)
-    if step == 1 and recipe.health_tokens:
-        _tell_of_stops(parts, written)
+    told = step == 1 and recipe.health_tokens and method.student.lm.pair_stops
+    if told and (note := mass_on_stops(method, written)) and parts.ranks.is_main:
+        console.print(note)
     learning_rate = method.student.learning_rate
     updates = _updates(parts, rollouts, step, clock)
     update = mean_update(updates)
@@ -262,12 +263,6 @@ def _log(parts: Parts, progress: Progress, metrics: dict[str, float], clock: Clo
     parts.accelerator.log(row, step=progress.step)
     for sample in some_samples(parts.method, written):
         append_jsonl(parts.folder.samples, {"step": progress.step} | sample)
-
-
-def _tell_of_stops(parts: Parts, written: Rollouts) -> None:
-    note = mass_on_stops(parts.method, written) if parts.method.student.lm.pair_stops else ""
-    if note and parts.ranks.is_main:
-        console.print(note, markup=False, highlight=False)
 
 
 def _warn_of_truncation(parts: Parts, progress: Progress, share: float) -> None:
