@@ -201,6 +201,7 @@ def child(log: str, how: str, stop_in_step: str, *arguments: str) -> None:
     import torch
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started with it ignored
     if how == "fsdp2":
         shard_on_cpu()
     seed_adapters()
