@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from conftest import miniature_recipe
+from oprd import student
 from oprd.errors import DiskError
 from oprd.evaluate import evaluate
 from oprd.recipe import parse_recipe
-from oprd.train import checkpoint, loop, run_folder, save
+from oprd.train import checkpoint, loop, run_folder
 from oprd.train.run import run_recipe
 from train.runs import assert_equal_runs
 
@@ -53,7 +54,7 @@ MOMENTS = {
     "weights of a checkpoint": (checkpoint, "save", 2, 100_000),
     "state.json": (checkpoint, "write_atomically", 2, 100),
     "SHA256SUMS": (checkpoint, "write_atomically", 3, 0),
-    "the student": (save, "get_model_state_dict", 1, 50_000),
+    "the student": (student, "get_model_state_dict", 1, 50_000),
     "completions of the evaluation": (loop, "_evaluate", 1, 0),
     "evaluations.jsonl": (evaluate, "append_jsonl", 1, 100),
     "result.json": (loop, "write_atomically", 1, 0),

@@ -23,7 +23,7 @@ from train.runs import assert_equal_runs, evaluations
 def tree(tmp_path_factory, train_file, held_out_file):
     out = tmp_path_factory.mktemp("whole") / "run"
     evaluation = {"benchmarks": [str(held_out_file)], "samples": 2, "max_completion_length": 24, "limit": 6}
-    rollout = {"group_size": 2, "max_completion_length": 24, "engine": {"max_sequences": 4}}
+    rollout = {"group_size": 2, "max_completion_length": 24, "engine": {"type": "hf", "cache_tokens": 180}}
     tree = miniature_recipe(
         out, train_file, max_steps=3, save_steps=10, eval_steps=1, evaluation=evaluation, rollout=rollout
     )
