@@ -10,7 +10,7 @@ from operator import or_
 import torch
 
 from oprd.clock import Clock
-from oprd.data.batching import concatenate, split_by_tokens, student_batch
+from oprd.data.batching import balanced, concatenate, split_by_tokens, student_batch
 from oprd.distributed import Ranks
 from oprd.errors import TrainingStopped
 from oprd.losses.chunked import logprobs_of
@@ -37,9 +37,16 @@ class Distillation:
     """Padded positions of one forward and backward pass on one rank; a longer completion goes alone."""
 
     def collect(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> tuple[Rollouts, Rollouts]:
-        """(what was written first, what the student learns on with all annotations); steps are counted from 1."""
+        """(what this rank wrote first, what it learns on with all annotations); steps are counted from 1.
+
+        What all ranks learn on is dealt out anew, so that none waits for the one with the longest completions.
+        """
         written, rollouts = self.source.rollouts(prompts, sampling, step)
-        return written, self.annotate(rollouts)
+        rollouts = self.annotate(rollouts)
+        if self.ranks.size > 1:
+            everything = concatenate(self.ranks.gather_objects([rollouts]))
+            rollouts = everything.take(balanced(everything.positions, self.ranks.size)[self.ranks.rank])
+        return written, rollouts
 
     def annotate(self, rollouts: Rollouts) -> Rollouts:
         """What is asked once per step: alignments, a server's log-probabilities, continuations."""

@@ -161,6 +161,11 @@ class Rollouts:
         """Tokens of each completion."""
         return tuple(map(len, self.completion_ids))
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Tokens of each prompt and its completion together, in the student's tokens."""
+        return tuple(len(prompt.token_ids) + n for prompt, n in zip(self.prompts, self.lengths, strict=True))
+
     def take(self, rows: Sequence[int]) -> "Rollouts":
         """The rollouts at `rows`, in that order."""
         return replace(self, **{name: _take(getattr(self, name), rows) for name in PER_COMPLETION})

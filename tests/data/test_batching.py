@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oprd.data.batching import MICRO_BATCH_COST, rows_by_tokens, split_by_tokens, student_batch, teacher_batch
+from oprd.data.batching import MICRO_BATCH_COST, balanced, rows_by_tokens, split_by_tokens, student_batch, teacher_batch
 from oprd.types import ALL_TOKENS, HiddenSpec, Prompt, Rollouts, TokenAlignment
 
 CPU = torch.device("cpu")
@@ -57,6 +57,23 @@ def test_lengths_of_a_real_step_leave_little_padding():
     rows = rollouts(sizes)
     padded = sum(len(part) * (1 + max(part.lengths)) for part in split_by_tokens(rows, 16_384))
     assert sum(size + 1 for size in sizes) / padded > 0.9
+
+
+def test_completions_are_dealt_out_evenly_over_ranks():
+    assert balanced([5, 9, 1, 4], 2) == [[1, 2], [0, 3]]
+    generator = np.random.default_rng(0)
+    sizes = [int(x) for x in generator.lognormal(np.log(150) - 0.5, 1.0, 128).clip(1, 1024)]
+    loads = [sum(sizes[i] for i in share) for share in balanced(sizes, 8)]
+    as_written = [sum(sizes[i : i + 16]) for i in range(0, 128, 16)]
+    assert max(as_written) > 1.3 * sum(sizes) / 8, "else the example shows nothing"
+    assert max(loads) < 1.02 * sum(sizes) / 8
+
+
+@given(st.lists(st.integers(1, 300), min_size=3, max_size=20), st.integers(1, 3))
+def test_every_completion_goes_to_one_rank_and_no_rank_goes_without(sizes, ranks):
+    shares = balanced(sizes, ranks)
+    assert sorted(i for share in shares for i in share) == list(range(len(sizes)))
+    assert all(shares)
 
 
 def test_a_micro_batch_has_one_teacher():

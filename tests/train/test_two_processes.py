@@ -148,10 +148,10 @@ BRIDGES = {
 def trees(tmp_path_factory, train_file, held_out_file) -> dict[str, dict[str, Any]]:
     """The recipes by name; their bridges are fitted."""
     folder = tmp_path_factory.mktemp("recipes")
-    # worked answers of very unequal length: rank 0 gets the long ones, and several micro-batches of them
+    # a long worked answer in each step, as many tokens as the short ones of the other rank: two micro-batches and one
     unequal = folder / "unequal.jsonl"
     long = "1+2=3\n3+4=7\n7+5=12\n12-9=3\n\\boxed{3}"
-    rows = [{"problem": f"{i}+2+3", "completion": long if i % 2 == 0 else "7"} for i in range(16)]
+    rows = [{"problem": f"{i}+2+3", "completion": long if i in {0, 13} else "7"} for i in range(16)]
     unequal.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def recipe(prompts: Path = train_file, **changes: Any) -> dict[str, Any]:

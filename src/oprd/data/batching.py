@@ -65,7 +65,7 @@ def rows_by_tokens(rollouts: Rollouts, budget: int, *, packed: bool = False) -> 
     Of all ways to cut the rows, sorted by length, the one with the fewest padded positions, MICRO_BATCH_COST for each
     micro-batch included.
     """
-    sizes = [len(prompt.token_ids) + length for prompt, length in zip(rollouts.prompts, rollouts.lengths, strict=True)]
+    sizes = rollouts.positions
     teachers = [prompt.teacher for prompt in rollouts.prompts]
     order = sorted(range(len(rollouts)), key=lambda i: (teachers[i] or "", -sizes[i], i))
     cost, begins = [0], [0]  # of the best cut of the first n rows: positions, and where its last micro-batch begins
@@ -86,6 +86,16 @@ def rows_by_tokens(rollouts: Rollouts, budget: int, *, packed: bool = False) -> 
         groups.insert(0, order[begins[stop] : stop])
         stop = begins[stop]
     return groups
+
+
+def balanced(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """Indices for each rank so that the sums of sizes are about equal: the largest first, each to the least loaded."""
+    shares, loads = [list[int]() for _ in range(ranks)], [0] * ranks
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        least = loads.index(min(loads))
+        shares[least].append(i)
+        loads[least] += sizes[i]
+    return shares
 
 
 def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
