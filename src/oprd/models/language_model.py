@@ -130,7 +130,8 @@ class LanguageModel:
                 ids, positions = batch.packed()
                 out = self.backbone(input_ids=ids, position_ids=positions, use_cache=False)
             else:
-                out = self.backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+                # no mask: what is padded on the right is behind every token that counts
+                out = self.backbone(input_ids=batch.input_ids, use_cache=False)
         if self.num_blocks in by_block:
             keep(self.num_blocks, out.last_hidden_state)
         return HiddenStates(hidden=hidden, head=self.head() if taps.head else None, batch=batch)
