@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -164,11 +165,13 @@ class FaultyServer:
 
     `fault(number)` is asked for each request, counted from 1, and names one of the handler's faults or gives None.
     `generated` counts the replies that went out whole; equal requests get equal replies, as the seed is in them.
-    `times` are those at which requests came. `retry_after` goes with 429 and 503.
+    `times` are those at which requests came. `retry_after` goes with 429 and 503. With a `certificate` it speaks TLS.
     """
 
-    def __init__(self, fault: Callable[[int], "str | Body | None"] = lambda number: None) -> None:
-        self.fault = fault
+    def __init__(
+        self, fault: Callable[[int], "str | Body | None"] = lambda number: None, *, certificate: Path | None = None
+    ) -> None:
+        self.fault, self.certificate = fault, certificate
         self.requests = 0
         self.generated: list[str] = []
         self.headers: list[str] = []
@@ -183,7 +186,7 @@ class FaultyServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
+        return f"http{'s' if self.certificate else ''}://127.0.0.1:{self.port}/v1"
 
     def start(self) -> "FaultyServer":
         owner = self
@@ -199,6 +202,10 @@ class FaultyServer:
 
         self._http = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         self._http.daemon_threads = True
+        if self.certificate is not None:
+            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            tls.load_cert_chain(self.certificate)
+            self._http.socket = tls.wrap_socket(self._http.socket, server_side=True)
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
         return self
 

@@ -1,8 +1,12 @@
 """The transport against a real server that misbehaves: what is lost is counted, nothing is paid twice, no budget is passed."""
 
+import contextlib
 import gzip
 import json
+import resource
+import shutil
 import sqlite3
+import subprocess
 import time
 import tracemalloc
 from collections import Counter
@@ -11,7 +15,7 @@ from multiprocessing.pool import ThreadPool
 import pytest
 from pydantic import ValidationError
 
-from oprd.errors import ConfigError, ServerError
+from oprd.errors import ConfigError, DiskError, ServerError
 from oprd.teacher import transport
 from oprd.teacher.exchange import Request, Tokens
 from oprd.teacher.transport import ServerSection, Transport
@@ -49,6 +53,17 @@ def account(folder) -> tuple[int, int, int]:
     """Requests, prompt tokens and completion tokens."""
     with sqlite3.connect(folder / "cache.sqlite") as database:
         return database.execute("SELECT requests, prompt, completion FROM usage").fetchone()
+
+
+@contextlib.contextmanager
+def room(size: int):
+    """No file may grow beyond `size` bytes: a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture
@@ -214,7 +229,9 @@ def test_without_a_reason_only_a_lone_text_shorter_than_asked_for_is_taken_as_fi
     def finished(samples: int, max_tokens: int) -> list[bool]:
         messages = [{"role": "user", "content": "12+34-5"}]
         body = {"messages": messages, "max_tokens": max_tokens, "temperature": 1.0, "n": samples}
-        chat = Request(endpoint="chat", body=body, samples=samples, upper_bound=Tokens(100, samples * max_tokens))
+        chat = Request(
+            endpoint="chat/completions", body=body, samples=samples, upper_bound=Tokens(100, samples * max_tokens)
+        )
         ((response,),) = asked.send([[chat]])
         return list(response.finished)
 
@@ -414,6 +431,40 @@ def test_a_server_that_is_not_there_is_said_after_the_retries(tmp_path):
         open_transport(FaultyServer(), tmp_path, max_retries=1).send([[request("1+2")]])
 
 
+@pytest.fixture
+def certificate(tmp_path):
+    """A self-made one for 127.0.0.1, with its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificate")
+    file = tmp_path / "certificate.pem"
+    options = ["-x509", "-nodes", "-newkey", "rsa:2048", "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", "req", *options, "-keyout", f"{file}.key", "-out", str(file)]
+    subprocess.run(command, check=True, capture_output=True)
+    file.write_text(file.read_text() + file.with_name(f"{file.name}.key").read_text())
+    return file
+
+
+def test_a_certificate_that_is_not_trusted_is_told_from_no_connection_and_gets_no_key(
+    certificate, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TEST_KEY", SECRET)
+    with FaultyServer(certificate=certificate) as server:
+        with pytest.raises(ServerError, match=r"certificate is not trusted: .*self-signed.*SSL_CERT_FILE.* and resume"):
+            open_transport(server, tmp_path, api_key_env="TEST_KEY", max_retries=0).send([[request("1+2")]])
+        assert (server.requests, account(tmp_path)) == (0, (1, 0, 0))
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        open_transport(server, tmp_path, api_key_env="TEST_KEY").send([[request("1+2")]])
+        assert server.headers == [f"Bearer {SECRET}"]
+
+
+@pytest.mark.parametrize("proxy", [f"foo://me:{SECRET}@host:1", f"socks5://me:{SECRET}@host:1"])
+def test_a_proxy_that_cannot_be_used_is_named_without_its_password(proxy, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    with pytest.raises(ConfigError, match="the proxy that HTTPS_PROXY or ALL_PROXY names cannot be used") as caught:
+        open_transport(server, tmp_path).send([[request("1+2")]])
+    assert SECRET not in str(caught.value)
+
+
 def body(*, text: object = "1", usage: object = None, **choice) -> bytes:
     choices = [{"text": text, "finish_reason": "stop"} | choice]
     return json.dumps({"choices": choices, "usage": usage or {"prompt_tokens": 1, "completion_tokens": 1}}).encode()
@@ -490,7 +541,9 @@ def test_a_redirect_takes_nothing_to_another_host(status, server, tmp_path):
     assert SECRET not in str(caught.value)
 
 
-@pytest.mark.parametrize("address", ["http://h/v1?key=", "http://h/v1#", "http://me:pass@h/v1?", "http://"])
+@pytest.mark.parametrize(
+    "address", ["http://h/v1?key=", "http://h/v1#", "http://me:pass@h/v1?", "http://", "http://h:0/", "http://a b/"]
+)
 def test_an_address_with_a_secret_in_it_is_refused_without_repeating_it(address, server):
     with pytest.raises(ValidationError, match="must look like http://host:port/v1") as caught:
         config(server, base_url=address + SECRET * (address != "http://"))
@@ -535,6 +588,31 @@ def test_a_cache_that_is_no_database_is_named(content, server, tmp_path):
     file.write_bytes(content) if isinstance(content, bytes) else file.mkdir()
     with pytest.raises(ServerError, match=r"cache.sqlite cannot be used as the teacher's cache"):
         open_transport(server, tmp_path)
+
+
+def test_a_cache_that_cannot_be_read_any_more_ends_the_step_with_its_name(server, tmp_path):
+    """While requests are under way, whose responses are paid for."""
+    asked = open_transport(server, tmp_path, concurrency=2)
+
+    def damage(number: int) -> None:
+        if number == 2:
+            for file in tmp_path.glob("cache.sqlite*"):
+                file.write_bytes(b"no database" * 10_000)
+
+    server.fault = damage
+    with pytest.raises(ServerError, match=r"cache.sqlite cannot be used as the teacher's cache: .*move it away"):
+        asked.send([[request(f"{i}+2")] for i in range(4)])
+    assert server.requests <= 3
+
+
+def test_a_disk_that_fills_up_in_a_step_is_said_and_nothing_more_is_sent(server, tmp_path):
+    asked = open_transport(server, tmp_path, concurrency=1)
+    asked.send([[request("1+2")]])
+    with room(1024), pytest.raises(DiskError, match=r"cannot write .*cache.sqlite: .*make room, then go on"):
+        asked.send([[request(f"{i}+2")] for i in range(4)])
+    assert server.requests == 1
+    asked.send([[request("1+2")]])
+    assert server.requests == 1
 
 
 def test_a_damaged_response_in_the_cache_is_requested_again(server, tmp_path):

@@ -202,7 +202,7 @@ class ServerTeacher(Teacher):
             body |= {"continue_final_message": True, "add_generation_prompt": False}
         # no tokenizer makes more tokens than the text has bytes; templates add some to each turn
         bound = Tokens(sum(len(turn.content.encode()) + 32 for turn in turns) + 32, most)
-        return Request(endpoint="chat", body=body, samples=request.samples, upper_bound=bound)
+        return Request(endpoint="chat/completions", body=body, samples=request.samples, upper_bound=bound)
 
     def _probe_text(self, request: GenerationRequest) -> str:
         return self._transport.probe(self._text_request(request), advice="Look at the server's log").texts[0]

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import urllib.parse
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing, closing, suppress
@@ -14,25 +13,30 @@ from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, final
+from urllib.parse import urlsplit
 
 import httpx2
 import openai
 from pydantic import ConfigDict, model_validator
 
-from oprd.errors import ConfigError, ServerError
+from oprd.errors import ConfigError, OprdError, ServerError
 from oprd.section import Listed, NonNegativeFloat, NonNegativeInt, PositiveInt, Rate, Section
-from oprd.teacher.exchange import BadResponseError, Request, Response, Tokens, UsageLog, read_response
+from oprd.teacher.exchange import Failure, Request, Response, Tokens, UsageLog, read_response
 from oprd.types import Metric
 
 MAX_LOST_SHARE = 0.1
 """Above this share of lost requests in a step the run stops instead of training on the rest."""
-# statuses that concern one request, such as one too long for the server; other 4xx concern every request
-REFUSED_REQUEST = frozenset({400, 413, 422})
-# statuses after which the model may have generated everything all the same
+ONE_REQUEST = frozenset({400, 408, 409, 413, 422})
+"""Statuses that concern one request, such as one too long for the server; other 4xx concern every request."""
 UNKNOWN_OUTCOME = frozenset({408, 502, 504})
-# all that is sent of what the openai client and its environment variables (OPENAI_ORG_ID, ...) put into a request
-HEADERS = frozenset({"host", "content-type", "content-length", "user-agent"})
-NO_CONNECTION = "no connection", "Is it running, is base_url right? Start it and resume: nothing is paid twice"
+"""Statuses after which the model may have generated everything all the same."""
+ADVICE = {
+    **dict.fromkeys(range(300, 400), "It redirects to another address; if you trust that one, give it as base_url"),
+    **dict.fromkeys((401, 403), "Check the key in the environment variable that api_key_env names ({api_key_env})"),
+    429: "Lower concurrency or wait, then resume: nothing is paid twice",
+}
+NO_CONNECTION = "Is it running, is base_url right? Start it and resume: nothing is paid twice"
+NO_TRUST = "Give the certificate of the authority that signed it in a file that SSL_CERT_FILE names, and resume"
 
 
 class ServerSection(Section):
@@ -65,16 +69,15 @@ class ServerSection(Section):
 
     @model_validator(mode="after")
     def _check_server(self) -> "ServerSection":
-        address = urllib.parse.urlsplit(self.base_url)
-        if address.scheme not in {"http", "https"} or not address.hostname or set("@?#") & set(self.base_url):
+        address, prices = urlsplit(self.base_url), self.price_per_million
+        if not re.fullmatch(r"https?://[^\s@?#]+", self.base_url) or not address.hostname or address.port == 0:
             raise ValueError("base_url must look like http://host:port/v1, without a password, ? or # in it")
-        if self.api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env):
-            raise ValueError(
-                "api_key_env must be the name of an environment variable in capitals, such as OPENAI_API_KEY"
-            )
-        if self.price_per_million is not None and len(self.price_per_million) != 2:
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env or "NONE"):
+            example = "such as OPENAI_API_KEY"
+            raise ValueError(f"api_key_env must be the name of an environment variable in capitals, {example}")
+        if prices is not None and len(prices) != 2:
             raise ValueError("price_per_million must be two prices: [prompt, completion]")
-        if self.max_cost is not None and not any(self.price_per_million or ()):
+        if self.max_cost is not None and not any(prices or ()):
             raise ValueError("max_cost needs price_per_million: [prompt, completion]")
         return self
 
@@ -85,17 +88,15 @@ class ServerSection(Section):
         return {"max_requests": float(requests), "max_tokens": float(prompt + completion), "max_cost": cost}
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class _Draft:
-    """A request under way. Without a key its response is not cached."""
+    """A request under way, its key in the cache (None: past it) and its seed; then its response, or the last failure."""
 
     request: Request
     key: str | None
     seed: int
-    attempts: int = 0
     response: Response | None = None
-    failure: tuple[str, str]
-    """Why there is no response, and what to do about it where that concerns every request."""
+    failure: Failure | None = None
 
 
 @final
@@ -106,10 +107,10 @@ class Transport:
         self, server: ServerSection, *, cache: Path, account: tuple[str, str, int], world_size: int = 1, seed: int = 0
     ) -> None:
         self._server, self._cache, self._account, self._seed = server, cache, account, seed
-        self._key = None if server.api_key_env is None else os.environ.get(server.api_key_env, "").strip()
-        if self._key == "":
+        self._key = os.environ.get(server.api_key_env, "").strip() if server.api_key_env else "none"
+        if not self._key:
             raise ConfigError(f"api_key_env names the environment variable {server.api_key_env}, which is not set")
-        if not re.fullmatch(r"[!-~]*", self._key or ""):
+        if not re.fullmatch(r"[!-~]*", self._key):
             raise ConfigError(f"the key in {server.api_key_env} has characters that no HTTP header can hold")
         self._counts: Counter[str] = Counter()
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -125,32 +126,33 @@ class Transport:
 
         Raises ServerError when nothing more can be had or paid, or too many were lost; those under way are waited for.
         """
-        drafts = self._run(chains, self._counts, cached=True)
-        lost = Counter(draft.failure[0] for chain in drafts for draft in chain if draft.response is None)
+        server, rows = self._server, self._run(chains, self._counts, cached=True)
+        late = f"no response within step_timeout_s={server.step_timeout_s:g}"
+        lost = Counter(str(draft.failure or late) for row in rows for draft in row if draft.response is None)
         total, asked = lost.total(), sum(map(len, chains))
         self._counts["lost"] += total
         if total > MAX_LOST_SHARE * asked:
             why = ", ".join(f"{count} x {reason}" for reason, count in lost.most_common(3))
             raise ServerError(
-                f"{self._server.base_url}: {total} of {asked} responses of this step were lost ({why}); allowed is a "
-                f"share of {MAX_LOST_SHARE}. Look at the server's log, then resume: what was answered is kept"
+                f"{server.base_url}: {total} of {asked} responses of this step were lost ({why}); allowed is a share of "
+                f"{MAX_LOST_SHARE}. Look at the server's log, then resume: what was answered is kept"
             )
-        return [[draft.response for draft in chain] for chain in drafts]
+        return [[draft.response for draft in row] for row in rows]
 
     def probe(self, request: Request, *, advice: str) -> Response:
         """The server's response of today, past the cache, for the checks at start. Raises ServerError with the advice."""
         ((draft,),) = self._run([[request]], Counter(), cached=False)
         if draft.response is None:
-            failed = f"does not answer a check at start as it should: {draft.failure[0]}"
+            failed = f"does not answer a check at start as it should: {draft.failure}"
             raise ServerError(f"{self._server.base_url} {failed}. {advice}")
         return draft.response
 
     def metrics(self) -> tuple[Metric, ...]:
         """What was sent since the last call."""
         counts, self._counts = self._counts, Counter()
-        cost = self._server.amounts(0, counts["prompt_tokens"], counts["completion_tokens"])["max_cost"]
         names = ("requests", "retries", "cache_hits", "lost", "prompt_tokens", "completion_tokens")
-        values = {name: float(counts[name]) for name in names} | {"cost": cost}
+        values = {name: float(counts[name]) for name in names}
+        values["cost"] = self._server.amounts(0, counts["prompt_tokens"], counts["completion_tokens"])["max_cost"]
         return tuple(Metric(name=f"teacher/{name}/sum", sum=value) for name, value in values.items())
 
     def _run(self, chains: Sequence[Sequence[Request]], counts: Counter[str], *, cached: bool) -> list[list[_Draft]]:
@@ -161,19 +163,18 @@ class Transport:
             step = _Step(self._server, self._key, log, self._limits, counts)
             pool.apply(lambda: asyncio.run(step.run(drafts)))
         if step.stop is not None:
-            raise ServerError(step.stop)
+            raise step.stop
         return drafts
 
     def _draft(self, request: Request, seen: Counter[str], *, cached: bool) -> _Draft:
-        """The request with key and seed. Equal requests of one step (`seen`) are different draws."""
+        """Equal requests of one step (`seen`) are different draws."""
         # two servers can know different weights by one model name
         model = [self._server.model, self._account[1]] if self._account[1] else self._server.model
         content = json.dumps([model, request.endpoint, request.body, request.samples, self._seed], sort_keys=True)
         digest = hashlib.sha256(f"{content}#{seen[content]}".encode()).digest()
         seen[content] += 1
         seed = int.from_bytes(digest[:4], "big") >> 1  # 31 bits: what every server takes
-        late = f"no response within step_timeout_s={self._server.step_timeout_s:g}"
-        return _Draft(request=request, key=digest.hex() if cached else None, seed=seed, failure=(late, ""))
+        return _Draft(request, digest.hex() if cached else None, seed)
 
 
 _DRAFT: ContextVar[_Draft] = ContextVar("draft")  # what this asyncio task is sending
@@ -183,21 +184,23 @@ class _Step(openai.DefaultAsyncHttpxClient):
     """The requests of one step. The openai client sends every attempt, retries included, through `send`."""
 
     def __init__(
-        self, server: ServerSection, key: str | None, log: UsageLog, limits: Mapping[str, float], counts: Counter[str]
+        self, server: ServerSection, key: str, log: UsageLog, limits: Mapping[str, float], counts: Counter[str]
     ) -> None:
-        super().__init__()
-        self._server, self._key, self._log, self._budgets, self._counts = server, key, log, limits, counts
+        try:
+            super().__init__()
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"the proxy that HTTPS_PROXY or ALL_PROXY names cannot be used: {error}") from None
+        self._server, self._key, self._log, self._limits, self._counts = server, key, log, limits, counts
         self._free, self._settled = asyncio.Semaphore(server.concurrency), asyncio.Event()
         self._under_way = 0
-        self.stop: str | None = None
+        self.stop: OprdError | None = None  # why nothing more is sent
 
     async def run(self, chains: Sequence[Sequence[_Draft]]) -> None:
-        """Put a response into every draft that gets one; `stop` says why nothing more is sent."""
+        """Put a response into every draft that gets one."""
         server = self._server
         async with openai.AsyncOpenAI(
-            base_url=server.base_url, api_key=self._key or "none", max_retries=server.max_retries, timeout=None,
-            http_client=self,
-        ) as api:  # fmt: skip
+            base_url=server.base_url, api_key=self._key, max_retries=server.max_retries, timeout=None, http_client=self
+        ) as api:
             with suppress(TimeoutError):
                 async with asyncio.timeout(server.step_timeout_s), asyncio.TaskGroup() as tasks:
                     for chain in chains:
@@ -206,108 +209,107 @@ class _Step(openai.DefaultAsyncHttpxClient):
     async def _chain(self, api: openai.AsyncOpenAI, chain: Sequence[_Draft]) -> None:
         async with self._free:  # a chain is finished once it is begun: its prefixes come while the server has them
             for draft in chain:
-                draft.response = self._log.find(draft.key, draft.request)
-                if draft.response is None:
-                    await self._ask(api, draft)
-                else:
-                    self._counts["cache_hits"] += 1
+                _DRAFT.set(draft)
+                body = {"model": self._server.model, **draft.request.body, "seed": draft.seed}
+                try:
+                    draft.response = self._log.find(draft.key)
+                    self._counts["cache_hits"] += draft.response is not None
+                    if draft.response is None:
+                        await api.post(f"/{draft.request.endpoint}", cast_to=httpx2.Response, body=body)
+                except openai.OpenAIError:
+                    if (failure := draft.failure) and failure.advice:
+                        self.stop = self.stop or ServerError(f"{self._server.base_url}: {failure}. {failure.advice}")
+                except OprdError as error:
+                    self.stop = self.stop or error
 
-    async def _ask(self, api: openai.AsyncOpenAI, draft: _Draft) -> None:
-        _DRAFT.set(draft)
-        path = "/completions" if draft.request.endpoint == "completions" else "/chat/completions"
-        body = {"model": self._server.model, **draft.request.body, "seed": draft.seed}
-        try:
-            await api.post(path, cast_to=httpx2.Response, body=body)
-        except openai.OpenAIError:
-            what, advice = draft.failure
-            if advice and self.stop is None:
-                self.stop = f"{self._server.base_url}: {what}. {advice}"
-
-    async def send(self, request: httpx2.Request, **kwargs: Any) -> httpx2.Response:
+    async def send(self, request: httpx2.Request, **_: Any) -> httpx2.Response:
         """One attempt. Its upper bound is booked before, and corrected where it is known what it has cost."""
-        draft, body = _DRAFT.get(), None
+        draft = _DRAFT.get()
         bound = used = draft.request.upper_bound
         await self._reserve(bound)
-        self._counts.update(requests=1, retries=int(draft.attempts > 0))
-        draft.attempts += 1
+        self._counts.update(requests=1, retries=int(draft.failure is not None))
         try:
             async with asyncio.timeout(self._server.timeout_s):
                 answer = await self._receive(request, draft.request)
             if answer.is_success:
                 draft.response = read_response(answer.content, draft.request)
-                body, used = draft.response.pack(), draft.response.used
+                used = draft.response.used
             else:
-                draft.failure = self._explain(answer)
-                used = bound if answer.status_code in UNKNOWN_OUTCOME else Tokens(0, 0)
-        except BadResponseError as error:
-            draft.failure, used = (self._hide_key(str(error)), ""), error.used
-            if not error.final:
-                raise httpx2.RequestError("") from None  # which the client retries
-        except TimeoutError:
-            draft.failure = f"no response within timeout_s={self._server.timeout_s:g}", ""
-            raise httpx2.ReadTimeout("") from None
-        except httpx2.RequestError as error:
-            draft.failure = f"the connection broke ({type(error).__name__})", ""
-            if isinstance(error, httpx2.ConnectError):
-                draft.failure, used = NO_CONNECTION, Tokens(0, 0)
-            raise
+                draft.failure = self._explain_status(answer, bound)
+                used = draft.failure.used
+            return answer
+        except (Failure, TimeoutError, httpx2.RequestError) as error:
+            draft.failure = self._explain(error, bound)
+            used = draft.failure.used
+            # the client does not retry an error of its own
+            raise openai.OpenAIError if draft.failure.final else httpx2.RequestError("") from None
         finally:
             self._under_way -= 1
             self._settled.set()
             self._counts.update(prompt_tokens=used.prompt, completion_tokens=used.completion)
-            self._log.add(0, (used.prompt - bound.prompt, used.completion - bound.completion), draft.key, body)
-        return answer
+            correction = Tokens(used.prompt - bound.prompt, used.completion - bound.completion)
+            self._log.add(0, correction, draft.key, draft.response)
 
     async def _receive(self, request: httpx2.Request, asked: Request) -> httpx2.Response:
-        """The server's own answer: never another host's, never compressed, never larger than a response can be."""
-        headers = {name: value for name, value in request.headers.items() if name in HEADERS}
-        headers |= {"authorization": f"Bearer {self._key or 'none'}", "accept-encoding": "identity"}
-        request.headers = httpx2.Headers(headers)
+        """The server's own answer: never another host's, never compressed, never larger than a response can be.
+
+        Of the headers of the openai client and its environment variables (OPENAI_ORG_ID, ...) none is sent.
+        """
+        headers = {"authorization": f"Bearer {self._key}", "accept-encoding": "identity", "user-agent": "oprd"}
+        headers["content-type"] = "application/json"
+        request = httpx2.Request("POST", request.url, headers=headers, content=request.content)
         answer = await super().send(request, stream=True, follow_redirects=False)
         content = bytearray()
         async with aclosing(answer), aclosing(answer.aiter_raw()) as parts:
             async for part in parts:
                 content += part
                 if len(content) > asked.most_bytes:
-                    raise BadResponseError(f"a body of more than {asked.most_bytes} bytes", asked.upper_bound)
+                    raise Failure(f"a body of more than {asked.most_bytes} bytes", asked.upper_bound)
         pause = {name: value for name, value in answer.headers.items() if name.startswith("retry-after")}
         return httpx2.Response(answer.status_code, headers=pause, content=bytes(content), request=request)
 
     async def _reserve(self, bound: Tokens) -> None:
         """Book an attempt before it is sent. If it could pass a budget, wait until those under way turn out cheaper."""
+        server = self._server
         while self.stop is None:
             requests, prompt, completion = self._log.spent()
-            would = self._server.amounts(requests + 1, prompt + bound.prompt, completion + bound.completion)
-            passed = [name for name, limit in self._budgets.items() if would[name] > limit]
+            would = server.amounts(requests + 1, prompt + bound.prompt, completion + bound.completion)
+            passed = [f"{name}={getattr(server, name)}" for name, limit in self._limits.items() if would[name] > limit]
             if not passed:
-                self._under_way += 1
                 self._log.add(1, bound)
+                self._under_way += 1
                 return
-            if self._under_way:
-                self._settled.clear()
-                await self._settled.wait()
-            else:
-                budget = f"{passed[0]}={getattr(self._server, passed[0])}"
-                self.stop = (
-                    f"{self._server.base_url}: the next request could pass {budget}. Raise it and resume, or stop here: "
+            if not self._under_way:
+                raise ServerError(
+                    f"{server.base_url}: the next request could pass {passed[0]}. Raise it and resume, or stop here: "
                     "the last checkpoint has all that was learned, and nothing is paid twice"
                 )
-        raise openai.OpenAIError(self.stop)  # which the client does not retry
+            self._settled.clear()
+            await self._settled.wait()
+        raise self.stop
 
-    def _explain(self, answer: httpx2.Response) -> tuple[str, str]:
-        """What a status says went wrong, and what to do about it where that concerns every request."""
+    def _explain(self, error: Exception, bound: Tokens) -> Failure:
+        match error:
+            case Failure():
+                return Failure(self._hide_key(str(error)), error.used, final=error.final)
+            case TimeoutError():
+                return Failure(f"no response within timeout_s={self._server.timeout_s:g}", bound)
+            case httpx2.ConnectError() if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                return Failure(f"its certificate is not trusted: {error}", Tokens(0, 0), advice=NO_TRUST)
+            case httpx2.ConnectError():
+                return Failure("no connection", Tokens(0, 0), advice=NO_CONNECTION)
+            case _:
+                return Failure(f"the connection broke ({type(error).__name__})", bound)
+
+    def _explain_status(self, answer: httpx2.Response, bound: Tokens) -> Failure:
         status, said = answer.status_code, self._hide_key(answer.content.decode(errors="replace"))
         said = f"HTTP {status}: {' '.join(said.split())[:200]}"  # cut behind the key, no part of which is left so
-        if 300 <= status < 400:
-            return said, "It redirects to another address; if you trust that one, give it as base_url"
         if status == 429:
             said = f"too many requests, {said} (Retry-After: {answer.headers.get('retry-after', 'none')})"
-            return said, "Lower concurrency or wait, then resume: nothing is paid twice"
-        if status in {401, 403}:
-            name = self._server.api_key_env
-            return said, f"Check the key in the environment variable that api_key_env names ({name})"
-        passes = status >= 500 or status in REFUSED_REQUEST | {408, 409}
-        return said, "" if passes else "The server refuses what this recipe asks for"
+        if status >= 500 or status in ONE_REQUEST:
+            return Failure(said, bound if status in UNKNOWN_OUTCOME else Tokens(0, 0))
+        advice = ADVICE.get(status, "The server refuses what this recipe asks for")
+        return Failure(said, Tokens(0, 0), advice=advice.format(api_key_env=self._server.api_key_env))
 
     def _hide_key(self, said: str) -> str:
-        return said.replace(self._key, "[key]") if self._key else said
+        return said.replace(self._key, "[key]") if self._server.api_key_env else said
