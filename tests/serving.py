@@ -233,10 +233,10 @@ class FaultyServer:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         with self.lock:
             self.requests += 1
-            fault = self.fault(self.requests)
             self.headers.append(handler.headers.get("Authorization", ""))
             self.all_headers.append({name.lower(): value for name, value in handler.headers.items()})
             self.times.append(time.monotonic())
+            fault = self.fault(self.requests)
         if isinstance(fault, Body):
             return _send(handler, fault.status, fault.content, fault.headers)
         if fault in {"429", "503"}:

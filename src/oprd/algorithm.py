@@ -4,7 +4,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
 
 import torch
@@ -41,7 +41,7 @@ class Distillation:
 
         What all ranks learn on is dealt out anew, so that none waits for the one with the longest completions.
         """
-        written, rollouts = self.source.rollouts(prompts, sampling, step)
+        written, rollouts = self.ranks.together(lambda: self.source.rollouts(prompts, sampling, step))
         rollouts = self.annotate(rollouts)
         if self.ranks.size > 1:
             everything = concatenate(self.ranks.gather_objects([rollouts]))
@@ -50,7 +50,7 @@ class Distillation:
 
     def annotate(self, rollouts: Rollouts) -> Rollouts:
         """What is asked once per step: alignments, a server's log-probabilities, continuations."""
-        rollouts = self.teacher.annotate(rollouts)
+        rollouts = self.ranks.together(partial(self.teacher.annotate, rollouts))
         context = StepContext(
             student=self.student,
             teacher=self.teacher,

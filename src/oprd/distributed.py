@@ -1,13 +1,17 @@
 """Ranks: the only place of collectives. Without a launcher there is one rank and nothing is sent."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast, final
+from typing import Any, TypeVar, cast, final
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from jaxtyping import Float
 from torch import Tensor
+
+from oprd.errors import OprdError, ServerError, TrainingStopped
+
+T = TypeVar("T")
 
 
 @final
@@ -53,6 +57,26 @@ class Ranks:
                 error = caught
         if (first := self.gather_objects([error])[0]) is not None:
             raise first
+
+    def together(self, act: Callable[[], T]) -> T:
+        """What `act` gives on this rank. It sends nothing to other ranks after the point where it may fail.
+
+        Where it fails on one rank, all of them raise ServerError, or TrainingStopped for any other error, with its message:
+        none waits for the others forever, and all can still save what was learned.
+        """
+        if self.size == 1:
+            return act()
+        result, error = None, None
+        try:
+            result = act()
+        except Exception as caught:
+            error = caught
+        if self.any_rank(error is not None):
+            message = error and (str(error) if isinstance(error, OprdError) else f"{type(error).__name__}: {error}")
+            rows = self.gather_objects([(isinstance(error, ServerError), message)])
+            served, message = next(row for row in rows if row[1] is not None)
+            raise (ServerError if served else TrainingStopped)(message) from error
+        return cast(T, result)
 
     def wait(self) -> None:
         """Wait for every rank."""

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from oprd.data.batching import rows_by_tokens, student_batch
 from oprd.data.chat import decode
 from oprd.distributed import Ranks
-from oprd.errors import ConfigError, ServerError
+from oprd.errors import ConfigError
 from oprd.losses.chunked import statistics
 from oprd.losses.divergences import entropy, forward_kl, token_logprobs
 from oprd.objectives.base import OutputObjective, StepContext
@@ -122,13 +122,8 @@ class OmniOPD(OutputObjective):
         """Audit, let the teacher continue, compare, and set `token_scores` to the targets less the baseline."""
         looked, tokenizer = self._look(rollouts, context), context.student.lm.tokenizer
         starts = [self._audit(entropies) for entropies, _ in looked]
-        generations, failure = [], None
-        try:
-            generations = context.teacher.generate(self._requests(rollouts, starts, tokenizer))
-        except ServerError as error:
-            failure = error
-        if context.ranks.any_rank(failure is not None):
-            raise failure or ServerError("the teacher of another rank stopped; its message says why")
+        requests = self._requests(rollouts, starts, tokenizer)
+        generations = context.ranks.together(lambda: context.teacher.generate(requests))
         chunks: list[Chunk] = []
         for row, (ids, (_, logprobs)) in enumerate(zip(rollouts.completion_ids, looked, strict=True)):
             for start, generation in zip(starts[row], generations[row], strict=True):

@@ -134,6 +134,11 @@ class AnyTeacherConfig(Section, ABC):
         """The teachers by name; a single one has the empty name."""
         return {"": self}
 
+    @property
+    def longest_wait_s(self) -> float:
+        """For all its answers of a step, where they have a limit."""
+        return 0.0
+
     @abstractmethod
     def facts(self, context: TeacherContext) -> TeacherFacts:
         """What can be known before anything is loaded or asked. Raises an OprdError for what is wrong already."""

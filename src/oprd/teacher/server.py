@@ -67,6 +67,10 @@ class ServerTeacherConfig(TeacherConfig, ServerSection):
             )
         return self
 
+    @property
+    def longest_wait_s(self) -> float:
+        return self.step_timeout_s
+
     def facts(self, context: TeacherContext) -> TeacherFacts:
         model, why = None, "give `tokenizer`, the folder or Hub name of the server's tokenizer"
         if self.tokenizer is not None:

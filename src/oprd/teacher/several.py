@@ -70,6 +70,10 @@ class SeveralTeachersConfig(AnyTeacherConfig):
     def members(self) -> Mapping[str, AnyTeacherConfig]:
         return self.teachers
 
+    @property
+    def longest_wait_s(self) -> float:
+        return sum(config.longest_wait_s for config in self.teachers.values())  # they are asked one after the other
+
     def facts(self, context: TeacherContext) -> TeacherFacts:
         """What every teacher provides. Raises TeacherMismatch where one in this process has another tokenizer."""
         members = {name: config.facts(context) for name, config in self.teachers.items()}

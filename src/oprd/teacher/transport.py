@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, final
+from typing import Annotated, Any, final
 from urllib.parse import urlsplit
 
 import httpx2
@@ -20,7 +20,7 @@ import openai
 from pydantic import ConfigDict, model_validator
 
 from oprd.errors import ConfigError, OprdError, ServerError
-from oprd.section import Listed, NonNegativeFloat, NonNegativeInt, PositiveInt, Rate, Section
+from oprd.section import Field, Listed, NonNegativeFloat, NonNegativeInt, PositiveInt, Rate, Section
 from oprd.teacher.exchange import Failure, Request, Response, Tokens, UsageLog, read_response
 from oprd.types import Metric
 
@@ -54,7 +54,7 @@ class ServerSection(Section):
     """Requests under way at once, on one process."""
     timeout_s: Rate = 120.0
     """Of one request."""
-    step_timeout_s: Rate = 1800.0
+    step_timeout_s: Annotated[Rate, Field(le=7 * 24 * 3600)] = 1800.0
     """Of all requests of a step; those without a response by then are lost."""
     max_retries: NonNegativeInt = 6
     """Of one request, with the pauses of the `openai` package: 0.5 s, doubled up to 8 s, or what Retry-After asks for."""

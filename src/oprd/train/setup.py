@@ -40,7 +40,8 @@ from oprd.types import Capability, Prompt, Taps
 from oprd.verify.pool import VerifierPool
 
 LONGEST_WAIT = timedelta(hours=3)
-"""For another rank. Torch's 10 minutes would end a run whose server is slow, or whose completions are long on one rank."""
+"""For another rank, beside its wait for a teacher's server. Torch's 10 minutes would end a run whose completions are long on
+one rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +135,9 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=list(recipe.report_to) or None,
         project_dir=recipe.output_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=LONGEST_WAIT + timedelta(seconds=recipe.teacher.longest_wait_s))
+        ],
     )
     if recipe.bf16 and accelerator.distributed_type == DistributedType.FSDP and (fsdp := accelerator.state.fsdp_plugin):
         # accelerate's own policy sums gradients and hands out log-probabilities in bfloat16
