@@ -161,7 +161,7 @@ def test_a_full_disk_is_noticed_before_the_run(tmp_path, train_file, monkeypatch
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
     message = refusal(miniature_recipe(tmp_path / "run", train_file), RunFolderError)
-    assert "GiB free, checkpoints and the student need about" in message
+    assert "GiB free; checkpoints, the student and the teacher's cache need about" in message
 
 
 def test_prompts_that_do_not_divide_among_processes_are_refused(tmp_path, train_file):

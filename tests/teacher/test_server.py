@@ -1,23 +1,41 @@
 """Teachers behind a server, on whole steps and runs: what they ask, what comes of it, what happens when they give out."""
 
 import json
+import logging
 import math
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from torch.testing import assert_close
 
 from conftest import MODELS, load_miniature, miniature_recipe
-from oprd.errors import ConfigError, ServerError, TeacherMismatch, TrainingStopped
+from oprd.errors import ConfigError, RunFolderError, ServerError, TeacherMismatch, TrainingStopped
 from oprd.recipe import parse_recipe
+from oprd.report.html import write_report
 from oprd.teacher.base import GenerationRequest
 from oprd.teacher.server import ServerTeacherConfig
 from oprd.train.run import run_recipe
 from oprd.train.setup import setup
 from oprd.types import Capability, HiddenSpec, Message, Taps, TokenSelection
-from serving import TEACHER, FaultyServer, connect, given_rollouts, metrics, served, teacher_context, transformers_serve
+from serving import (
+    TEACHER,
+    Body,
+    FaultyServer,
+    connect,
+    given_rollouts,
+    metrics,
+    served,
+    teacher_context,
+    transformers_serve,
+)
 
 OMNI = {"type": "omni_opd", "chunk_tokens": 6, "chunks": 2, "continuations": 3, "anchor": 0.1}
 SAMPLED = {"type": "opd_sampled"}
@@ -391,15 +409,86 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights_and_pays_nothing_twi
     assert [row["step"] for row in metrics(tmp_path / "cut")] == [1, 2, 3]
 
 
-def test_no_file_or_line_of_a_run_holds_the_key(server, tmp_path, train_file, monkeypatch, capfd):
+def test_no_file_line_or_error_of_a_run_with_failures_holds_the_key(
+    server, tmp_path, train_file, monkeypatch, capfd, caplog
+):
+    """The server repeats the key in whatever it answers wrongly: errors, reasons, headers, addresses."""
     secret = "sk-very-secret-0123456789"
+    for name in ("oprd", "openai", "httpx2"):  # httpcore2 tells every header of an answer, if someone asks for it
+        caplog.set_level(logging.DEBUG, name)
     monkeypatch.setenv("TEST_KEY", secret)
-    run_recipe(parse_recipe(omni_run(tmp_path / "run", train_file, server.url, teacher={"api_key_env": "TEST_KEY"})))
+    monkeypatch.setattr("oprd.teacher.transport.MAX_LOST_SHARE", 0.9)
+    said = json.dumps({"error": secret}).encode()
+    wrong = {
+        5: Body(said, {"Retry-After": "0", "X-Key": secret}, 500),
+        6: Body(said, {}, 400),
+        7: Body(said),
+        8: f"ends: {json.dumps(secret)}",
+    }
+    server.fault = lambda number: "401" if number == 12 else wrong.get(number)
+    tree = omni_run(tmp_path / "run", train_file, server.url, teacher={"api_key_env": "TEST_KEY", "concurrency": 1})
+    with pytest.raises(TrainingStopped, match=r"HTTP 401: .*\[key\]") as caught:
+        run_recipe(parse_recipe(tree))
+    chain = [str(error) + repr(error) for error in (caught.value, caught.value.__cause__, caught.value.__context__)]
+    server.fault = lambda number: Body(b"", {"Location": f"{server.url}?{secret}"}, 307) if number == 16 else None
+    tree["resume_from_checkpoint"] = "latest"
+    with pytest.raises(TrainingStopped, match="HTTP 307") as caught:
+        run_recipe(parse_recipe(tree))
+    chain += [str(error) + repr(error) for error in (caught.value, caught.value.__cause__, caught.value.__context__)]
+    run_recipe(parse_recipe(tree))
+    write_report([tmp_path / "run"], tmp_path / "run" / "report.html")
     assert set(server.headers) == {f"Bearer {secret}"}
-    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
-    assert any(file.name == "teacher_cache.sqlite" for file in files)
-    assert not any(secret.encode() in file.read_bytes() for file in files)
-    assert secret not in "".join(capfd.readouterr())
+    files = {str(file.relative_to(tmp_path / "run")): file for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    assert {"teacher_cache.sqlite", "student/README.md", "report.html", "recipe.yaml"} <= set(files)
+    assert not [name for name, file in files.items() if secret.encode() in file.read_bytes()]
+    assert secret not in "".join([*capfd.readouterr(), *chain, caplog.text])
+    assert "openai" in caplog.text  # it was listened to
+
+
+def test_what_the_cache_may_grow_to_is_part_of_the_room_that_a_run_needs(tmp_path, train_file, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 2**40, 2**30))
+    objective = {"type": "opd_top_k", "k": 20, "support": "teacher"}
+    options = {"objective": objective, "max_steps": 10_000, "prompts_per_step": 64, "save_total_limit": 1}
+    tree = miniature_recipe(
+        tmp_path / "run", train_file, teacher=served("http://127.0.0.1:9/v1", max_retries=0), **options
+    )
+    # 10,000 steps of 64 x 2 completions of 48 tokens with 21 numbers of 10 bytes each
+    with pytest.raises(RunFolderError, match=r"has 1.0 GiB free; .*the teacher's cache need about 12.0 GiB"):
+        setup(parse_recipe(tree))
+    elsewhere = tree["teacher"] | {"cache": str(tmp_path / "cache.sqlite")}
+    with pytest.raises(ServerError, match="no connection"):
+        setup(parse_recipe(tree | {"teacher": elsewhere}))
+
+
+@pytest.mark.slow
+def test_what_was_under_way_when_a_run_was_killed_is_paid_from_its_budget(server, tmp_path, train_file):
+    teacher = served(server.url, max_requests=13)
+    options = {"objective": SAMPLED, "prompts_per_step": 2, "max_steps": 2, "health_tokens": 0, "save_steps": 100}
+    tree = miniature_recipe(tmp_path / "run", train_file, teacher=teacher, **options)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    server.fault = lambda number: "hang" if number > 5 else None  # a check at start, and four requests a step
+    with (tmp_path / "log.txt").open("w") as log:
+        run = subprocess.Popen([sys.executable, "-m", "oprd", "train", str(tmp_path / "recipe.yaml")], stderr=log)
+    while server.requests < 9:
+        assert run.poll() is None, (tmp_path / "log.txt").read_text()
+        time.sleep(0.05)
+    run.kill()
+    run.wait()
+    with sqlite3.connect(tmp_path / "run" / "teacher_cache.sqlite") as database:
+        booked = database.execute("SELECT requests, prompt, completion FROM usage").fetchone()
+    sent = [json.loads(body)["prompt"] for body in server.generated]
+    assert booked[0] == 9
+    assert booked[1] > sum(map(len, sent))  # of five; those of the other four were not answered
+    assert booked[2] == 9
+    server.fault = lambda number: None
+    tree["resume_from_checkpoint"] = "latest"
+    with pytest.raises(TrainingStopped, match="could pass max_requests=13"):  # a check, the cache, and three of four
+        run_recipe(parse_recipe(tree))
+    assert server.requests == 13
+    tree["teacher"] = teacher | {"max_requests": 15}
+    run_recipe(parse_recipe(tree))
+    assert server.requests == 15
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]
 
 
 def test_omni_combines_with_another_term_lora_and_several_teachers(server, tmp_path):

@@ -139,6 +139,10 @@ class AnyTeacherConfig(Section, ABC):
         """For all its answers of a step, where they have a limit."""
         return 0.0
 
+    def cache_bytes(self, tokens: int, logprobs: int) -> int:
+        """Of the file in the run folder that keeps the answers on so many tokens, with so many numbers for each."""
+        return 0
+
     @abstractmethod
     def facts(self, context: TeacherContext) -> TeacherFacts:
         """What can be known before anything is loaded or asked. Raises an OprdError for what is wrong already."""

@@ -71,6 +71,9 @@ class ServerTeacherConfig(TeacherConfig, ServerSection):
     def longest_wait_s(self) -> float:
         return self.step_timeout_s
 
+    def cache_bytes(self, tokens: int, logprobs: int) -> int:
+        return 0 if self.cache else tokens * max(1, logprobs) * 10  # measured: 9.4 bytes a number, with its token id
+
     def facts(self, context: TeacherContext) -> TeacherFacts:
         model, why = None, "give `tokenizer`, the folder or Hub name of the server's tokenizer"
         if self.tokenizer is not None:

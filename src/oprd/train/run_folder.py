@@ -161,8 +161,8 @@ class RunFolder:
         free_gib = shutil.disk_usage(parent).free / 2**30
         if free_gib < needed_gib:
             raise RunFolderError(
-                f"{parent} has {free_gib:.1f} GiB free, checkpoints and the student need about {needed_gib:.1f} GiB; "
-                "free some, choose another output_dir, or lower save_total_limit"
+                f"{parent} has {free_gib:.1f} GiB free; checkpoints, the student and the teacher's cache need about "
+                f"{needed_gib:.1f} GiB: free some, choose another output_dir, or lower save_total_limit"
             )
 
 

@@ -157,7 +157,7 @@ def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -
     """Everything that can be known before weights are loaded. Raises an OprdError for the first thing that is wrong."""
     folder = RunFolder(recipe.output_dir)
     student = student_facts(recipe.student, given.student, given.tokenizer)
-    folder.check(recipe, needed_gib=_disk_gib(recipe, student))
+    folder.check(recipe, needed_gib=_disk_gib(recipe, student) + _cache_gib(recipe, folder))
     if recipe.resume_from_checkpoint is not None:
         find_checkpoint(folder.checkpoints, recipe.resume_from_checkpoint)
     if recipe.prompts_per_step % ranks.size:
@@ -333,3 +333,12 @@ def _disk_gib(recipe: Recipe, student: ModelFacts) -> float:
     if recipe.student.lora is not None:
         return 0.02 + student.parameters * 0.05 * 4 * copies / 2**30
     return student.parameters * 4 * (copies + 1) / 2**30
+
+
+def _cache_gib(recipe: Recipe, folder: RunFolder) -> float:
+    """What a teacher's cache may still grow by, were all completions as long as they may be."""
+    rollout, cache = recipe.rollout, folder.teacher_cache
+    tokens = recipe.max_steps * recipe.prompts_per_step * rollout.group_size * rollout.max_completion_length
+    known = cache.stat().st_size if cache.is_file() else 0
+    most = recipe.teacher.cache_bytes(tokens, 1 + max(objective.top_k_of_teacher for objective in recipe.objective))
+    return max(0, most - known) / 2**30
