@@ -164,8 +164,9 @@ class FaultyServer:
     """OpenAI-compatible completions of the miniature teacher by transformers' generate, with faults on demand.
 
     `fault(number)` is asked for each request, counted from 1, and names one of the handler's faults or gives None.
-    `generated` counts the replies that went out whole; equal requests get equal replies, as the seed is in them.
-    `times` are those at which requests came. `retry_after` goes with 429 and 503. With a `certificate` it speaks TLS.
+    `generated` counts the replies that went out whole, `prompts` has those of the chat endpoint in full; equal requests get
+    equal replies, as the seed is in them. `times` are those at which requests came. `retry_after` goes with 429 and 503. With
+    a `certificate` it speaks TLS.
     """
 
     def __init__(
@@ -174,6 +175,7 @@ class FaultyServer:
         self.fault, self.certificate = fault, certificate
         self.requests = 0
         self.generated: list[str] = []
+        self.prompts: list[str] = []
         self.headers: list[str] = []
         self.all_headers: list[dict[str, str]] = []
         self.times: list[float] = []
@@ -298,8 +300,10 @@ class FaultyServer:
         if chat:
             go_on = body.get("continue_final_message", False)
             prompt = tokenizer.apply_chat_template(
-                body["messages"], tokenize=False, add_generation_prompt=not go_on, continue_final_message=go_on
-            )
+                body["messages"], tokenize=False, add_generation_prompt=not go_on, continue_final_message=go_on,
+                **body.get("chat_template_kwargs", {}),
+            )  # fmt: skip
+            self.prompts.append(prompt)
         else:
             prompt = body["prompt"]
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if isinstance(prompt, str) else prompt

@@ -1,8 +1,10 @@
 """What the classes of a recipe share: strict pydantic models and the value types that several of them use."""
 
+import inspect
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -15,6 +17,7 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
+from transformers import PreTrainedTokenizerBase
 
 from oprd.types import TokenSelection
 
@@ -34,6 +37,20 @@ NonNegativeInt = Annotated[int, Field(ge=0, le=2**40)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
+TEMPLATE_ARGUMENTS = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
+"""What this program and transformers give a chat template themselves."""
+
+
+def _check_template_options(options: dict[str, Any]) -> dict[str, Any]:
+    if taken := TEMPLATE_ARGUMENTS.intersection(options):
+        raise ValueError(f"{min(taken)!r} is set by the program; give variables of the chat template alone")
+    return options
+
+
+TemplateOptions = Annotated[dict[str, bool | int | float | str], AfterValidator(_check_template_options)]
+"""Variables that a chat template reads, such as `{enable_thinking: false}`."""
+
+
 class OwnPrompt(Section):
     """Another prompt for one model."""
 
@@ -41,6 +58,9 @@ class OwnPrompt(Section):
     """Replaces the system message; `{column}` is filled from the dataset."""
     prompt_template: str | None = None
     """Replaces the last user message; `{column}` is filled from the dataset."""
+    chat_template_kwargs: TemplateOptions | None = None
+    """Variables of the model's chat template, such as `{enable_thinking: false}`. None: the template's own defaults; for
+    `evaluation`, those of `data`."""
 
 
 def _to_tuple(value: Any) -> Any:

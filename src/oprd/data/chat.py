@@ -57,17 +57,24 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special: b
     return cast(str, tokenizer.decode(list(ids), skip_special_tokens=not special))
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[int, ...]:
-    """Token ids of the conversation up to where the assistant starts to write.
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, Any] | None = None
+) -> tuple[int, ...]:
+    """Token ids of the conversation up to where the assistant starts to write; `options` are variables of the chat template.
 
-    Without a chat template (base models) the contents are joined by blank lines and tokenized as plain text.
+    Without a chat template (base models) the contents are joined by blank lines and tokenized as plain text. Raises DataError
+    for an option that the template does not read.
     """
+    template = "" if tokenizer.chat_template is None else tokenizer.get_chat_template()
+    if unread := [name for name in options or () if not re.search(rf"\b{re.escape(name)}\b", template)]:
+        lacks = f"does not read {unread[0]!r}" if template else "does not exist"
+        raise DataError(f"chat_template_kwargs gives {unread[0]!r}, but the chat template {lacks}; correct or drop it")
     if tokenizer.chat_template is None:
         ids = encode(tokenizer, "\n\n".join(turn.content for turn in messages), special=True)
         # some tokenizers end every text; the student's goes on
         return ids[:-1] if ids[-1:] == (tokenizer.eos_token_id,) and len(ids) > 1 else ids
     # the template writes its own special tokens, so none are added a second time
-    return encode(tokenizer, _apply_template(tokenizer, messages, add_generation_prompt=True))
+    return encode(tokenizer, _apply_template(tokenizer, messages, options or {}, add_generation_prompt=True))
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> tuple[int, ...]:
@@ -96,7 +103,7 @@ def _after_assistant(tokenizer: PreTrainedTokenizerBase) -> int | None:
     marker = "1"
     turns = (Message(role="user", content=marker), Message(role="assistant", content=marker))
     try:
-        text = _apply_template(tokenizer, turns, add_generation_prompt=False)
+        text = _apply_template(tokenizer, turns, {}, add_generation_prompt=False)
     except DataError:  # a template for prompts alone
         return None
     after = text[text.rindex(marker) + len(marker) :]
@@ -105,7 +112,11 @@ def _after_assistant(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def _apply_template(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    options: Mapping[str, Any],
+    *,
+    add_generation_prompt: bool,
 ) -> str:
     """The conversation as text. Raises DataError if the template refuses it or leaves its last message out."""
     refusal: Exception | str = "it leaves the last message out"
@@ -115,7 +126,9 @@ def _apply_template(
             for turn in messages
         ]
         try:
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+            text = tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt, **options
+            )
         except Exception as error:  # a template is a program, which may raise anything
             refusal = refusal if in_parts else error
             continue

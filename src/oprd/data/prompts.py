@@ -184,7 +184,7 @@ def _prompt(number: int, row: Row, config: DataConfig, tokenizer: PreTrainedToke
     # the student and an evaluation never see the reference answer; a teacher may
     shown = {name: text for name, text in columns.items() if name != config.answer}
     messages, completion = _messages(row, shown, config)
-    token_ids = render(tokenizer, messages)
+    token_ids = render(tokenizer, messages, config.chat_template_kwargs)
     if not 0 < len(token_ids) <= room:
         raise OverlongPrompt(
             f"the prompt has {len(token_ids)} tokens, the context less max_completion_length leaves {room}; "

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from oprd.data.prompts import DataConfig, RowsSection, load_prompts
 from oprd.errors import ConfigError, DataError
 from oprd.models.generate import SamplingSection
-from oprd.section import Field, Listed, PositiveInt, Seed
+from oprd.section import Field, Listed, OwnPrompt, PositiveInt, Seed
 from oprd.types import Prompt
 
 HUB_NAMES = {
@@ -45,9 +45,16 @@ class Benchmark:
 
 
 def load_benchmarks(
-    config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, *, context: int
+    config: EvaluationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context: int,
+    trained_on: OwnPrompt | None = None,
 ) -> tuple[Benchmark, ...]:
-    """Every benchmark of the config, rendered for the model. Raises DataError for one without answers."""
+    """Every benchmark of the config, rendered for the model, with the template variables that it was trained with unless the
+    config has its own. Raises DataError for one without answers."""
+    if config.chat_template_kwargs is None and trained_on is not None:
+        config = config.model_copy(update={"chat_template_kwargs": trained_on.chat_template_kwargs})
     names = [Path(name).stem for name in config.benchmarks]
     if len(set(names)) < len(names):  # their scores would stand under one name
         names = [name.strip("/").replace("/", "_") for name in config.benchmarks]
@@ -62,6 +69,7 @@ def _load(name: str, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBas
     data = DataConfig(
         prompts=source, split=split, limit=config.limit, answer=answer,
         system_prompt=config.system_prompt, prompt_template=config.prompt_template,
+        chat_template_kwargs=config.chat_template_kwargs,
     )  # fmt: skip
     prompts = load_prompts(data, tokenizer, context=context, room=config.max_completion_length)
     for prompt in prompts:

@@ -165,7 +165,7 @@ class TeacherConfig(OwnPrompt, AnyTeacherConfig):
         messages = with_prompt(prompt.messages, prompt.columns, self.system_prompt, self.prompt_template)
         if facts.model is None:
             return replace(prompt, teacher_messages=messages)
-        ids = render(facts.model.tokenizer, messages)
+        ids = render(facts.model.tokenizer, messages, self.chat_template_kwargs)
         if len(ids) + room > facts.model.context:
             given = f"the teacher's prompt has {len(ids)} tokens, its context of {facts.model.context} is to hold {room} more"
             raise OverlongPrompt(f"row {prompt.row}: {given}; shorten or drop it, or lower max_completion_length")

@@ -2,9 +2,9 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 
@@ -52,6 +52,8 @@ class LocalTeacher(Teacher):
     aligner: Aligner | None = None
     cache_tokens: int = 131_072
     seed: int = 0
+    template: Mapping[str, Any] | None = None
+    """Variables of its chat template."""
     _aligned: int = field(default=0, init=False)
     _of: int = field(default=0, init=False)
     _warned: bool = field(default=False, init=False)
@@ -86,7 +88,7 @@ class LocalTeacher(Teacher):
     def generate(self, chains: Chains) -> Generations:
         """A request that leaves no room for its answer in the context is not answered."""
         tokenizer, requests = self.model.lm.tokenizer, [request for chain in chains for request in chain]
-        ids = [(*render(tokenizer, r.messages), *encode(tokenizer, r.prefix)) for r in requests]
+        ids = [(*render(tokenizer, r.messages, self.template), *encode(tokenizer, r.prefix)) for r in requests]
         together: dict[Sampling, list[int]] = defaultdict(list)
         for i, r in enumerate(requests):
             if len(ids[i]) + r.max_new_tokens <= self.context:
@@ -200,7 +202,7 @@ class LocalTeacherConfig(TeacherConfig):
         return LocalTeacher(
             model, context=facts.model.context, same_shape=Capability.SAME_SHAPE in facts.provides,
             aligner=_aligner(context.student, facts.model) if aligned else None,
-            cache_tokens=context.cache_tokens, seed=context.seed,
+            cache_tokens=context.cache_tokens, seed=context.seed, template=self.chat_template_kwargs,
         )  # fmt: skip
 
 
@@ -212,10 +214,10 @@ class SelfTeacherConfig(TeacherConfig):
     uses_initial_student: ClassVar[bool] = True
 
     def facts(self, context: TeacherContext) -> TeacherFacts:
-        if self.system_prompt is None and self.prompt_template is None:
+        if (self.system_prompt, self.prompt_template, self.chat_template_kwargs) == (None, None, None):
             raise ConfigError(
                 "a self teacher with the student's own prompt agrees with the student everywhere; "
-                "give system_prompt or prompt_template"
+                "give system_prompt or prompt_template, or chat_template_kwargs of its own"
             )
         return TeacherFacts(provides=LOCAL, why_not={}, model=context.student)
 
@@ -225,8 +227,10 @@ class SelfTeacherConfig(TeacherConfig):
                 "a self teacher that writes needs whole weights on every rank; use DDP, or a local teacher with the "
                 "student's weights"
             )
-        initial, most = context.initial_student, context.student.context
-        return LocalTeacher(initial, context=most, cache_tokens=context.cache_tokens, seed=context.seed)
+        return LocalTeacher(
+            context.initial_student, context=context.student.context, cache_tokens=context.cache_tokens,
+            seed=context.seed, template=self.chat_template_kwargs,
+        )  # fmt: skip
 
 
 def _aligner(student: ModelFacts, teacher: ModelFacts) -> Aligner:

@@ -196,7 +196,8 @@ class ServerTeacher(Teacher):
         sampling |= {"max_tokens": request.max_new_tokens, "temperature": request.temperature, "top_p": 1.0}
         most = request.samples * request.max_new_tokens
         if self._config.continuation == "completions":
-            ids, added = render(self._tokenizer, request.messages), encode(self._tokenizer, "", special=True)[:1]
+            ids = render(self._tokenizer, request.messages, self._config.chat_template_kwargs)
+            added = encode(self._tokenizer, "", special=True)[:1]
             ids = ids[1:] if added and ids[:1] == added else ids  # servers add the beginning-of-text token
             prompt = decode(self._tokenizer, ids, special=True) + request.prefix
             bound = Tokens(len(encode(self._tokenizer, prompt, special=True)), most)
@@ -207,6 +208,8 @@ class ServerTeacher(Teacher):
         body = {"messages": [{"role": turn.role, "content": turn.content} for turn in turns]} | sampling
         if begun and self._config.continuation == "continue_final_message":
             body |= {"continue_final_message": True, "add_generation_prompt": False}
+        if self._config.chat_template_kwargs:
+            body["chat_template_kwargs"] = self._config.chat_template_kwargs
         # no tokenizer makes more tokens than the text has bytes; templates add some to each turn
         bound = Tokens(sum(len(turn.content.encode()) + 32 for turn in turns) + 32, most)
         return Request(endpoint="chat/completions", body=body, samples=request.samples, upper_bound=bound)

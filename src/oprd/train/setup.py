@@ -190,7 +190,7 @@ def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -
     recipe.rollout.source.check_prompts(used)
     folder.check_prompts(prompts.digest(recipe.seed))
     _check_validation(recipe, objectives, teacher, prompts)
-    benchmarks = load_benchmarks(recipe.evaluation, student.tokenizer, context=student.context)
+    benchmarks = load_benchmarks(recipe.evaluation, student.tokenizer, context=student.context, trained_on=recipe.data)
     engine = engine_context(recipe, ranks, used, benchmarks)
     recipe.rollout.engine.check(student, engine)
     return Checked(
