@@ -10,8 +10,9 @@ import time
 import pytest
 
 from conftest import DATA
-from oprd.verify.judge import final_part, last_boxed
+from oprd.verify.judge import last_boxed
 from oprd.verify.pool import VerifierPool
+from oprd.verify.reasoning import final_part
 
 
 @pytest.fixture(scope="module")

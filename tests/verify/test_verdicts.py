@@ -5,8 +5,14 @@ import os
 import resource
 from pathlib import Path
 
+import psutil
 import pytest
+from golds import spellings
 
+from conftest import load_miniature
+from oprd.data.chat import encode, render, texts_to_judge
+from oprd.types import Message, Prompt, Rollouts
+from oprd.verify.judge import judge
 from oprd.verify.pool import VerifierPool
 
 TABLES = Path(__file__).parent
@@ -20,6 +26,38 @@ def test_every_line_of_the_table_is_judged_as_it_says(table):
         verdicts = pool.verify([r["completion"] for r in rows], [r["answer"] for r in rows])
     assert [r for r, v in zip(rows, verdicts, strict=True) if v.correct != r["right"]] == []
     assert {v.outcome for v in verdicts} <= {"correct", "wrong", "no_answer"}
+
+
+@pytest.mark.slow
+def test_every_reference_answer_is_known_in_other_spellings_and_told_from_other_answers():
+    golds = (TABLES / "golds.txt").read_text(encoding="utf-8").splitlines()
+    rows = [
+        (text, gold, right)
+        for gold in golds
+        for texts, right in zip(spellings(gold), (True, False), strict=True)
+        for text in texts[:2]
+    ]
+    assert len(rows) == 4 * len(golds) > 800
+    with VerifierPool(timeout_s=60) as pool:
+        verdicts = pool.verify([f"So \\boxed{{{text}}}." for text, *_ in rows], [gold for _, gold, _ in rows])
+    assert [row for row, v in zip(rows, verdicts, strict=True) if v.correct != row[2]] == []
+
+
+def test_long_lists_in_another_order_are_compared_in_time():
+    numbers = [str(i) for i in range(3000)]
+    gold, other = ",".join(numbers), ",".join(numbers[::-1])
+    with VerifierPool(timeout_s=60, workers=1) as pool:
+        pool.verify([r"\boxed{1}"], ["1"])
+        begun = cpu(pool)
+        answers = [other, other.removesuffix(",0"), other.replace(",0", ",0.5"), ",".join(f"{i}.5" for i in numbers)]
+        verdicts = pool.verify([f"\\boxed{{{answer}}}" for answer in answers], [gold] * 4)
+        assert cpu(pool) - begun < 10  # 0.2 s each; pair by pair, minutes
+    assert [v.outcome for v in verdicts] == ["correct", "wrong", "wrong", "wrong"]
+
+
+def cpu(pool) -> float:
+    (worker,) = pool._workers
+    return sum(psutil.Process(worker._process.pid).cpu_times()[:2])
 
 
 @pytest.mark.parametrize(
@@ -53,3 +91,34 @@ def test_a_worker_has_a_limit_of_memory():
         pool.verify([r"\boxed{1}"], ["1"])
         (worker,) = pool._workers
         assert resource.prlimit(worker._process.pid, resource.RLIMIT_DATA)[0] <= 2 << 30
+
+
+@pytest.mark.parametrize(
+    ("opened", "completion", "outcome"),
+    [
+        ("<think>\n", r"maybe \boxed{5}", "no_answer"),  # cut inside the reasoning that the prompt began
+        ("<think>\n", r"maybe \boxed{3}</think>\boxed{5}", "correct"),
+        ("<think>\n\n</think>\n\n", r"\boxed{5}", "correct"),
+        ("", r"\boxed{5}", "correct"),
+        ("", r"<|channel|>analysis<|message|>maybe \boxed{5}", "no_answer"),
+        (
+            "",
+            r"<|channel|>analysis<|message|>\boxed{3}<|end|><|channel|>final<|message|>It is \boxed{5}<|end|>",
+            "correct",
+        ),
+        (
+            "",
+            r"<|channel|>analysis<|message|>\boxed{5}<|end|><|channel|>final<|message|>It is \boxed{3}<|end|>",
+            "wrong",
+        ),
+    ],
+)
+def test_reasoning_is_known_by_special_tokens_and_by_the_prompt(opened, completion, outcome):
+    tokenizer = load_miniature("base").tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|channel|>", "<|message|>"]})
+    turn = (Message(role="user", content="Write <think>."),)
+    prompt = Prompt(row=0, messages=turn, token_ids=(*render(tokenizer, turn), *encode(tokenizer, opened)))
+    ids = (encode(tokenizer, completion),)
+    (text,) = texts_to_judge(tokenizer, Rollouts(prompts=(prompt,), completion_ids=ids, finished=(True,)))
+    assert "<|end|>" not in text
+    assert judge(text, "5")["outcome"] == outcome

@@ -7,8 +7,11 @@ from typing import Any, cast
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from oprd.errors import DataError
-from oprd.types import Message
+from oprd.types import Message, Rollouts
+from oprd.verify.reasoning import is_mark, left_open
 
+MARK_TOKENS = 16
+"""At the end of a prompt; enough for a mark that opens the reasoning there, whatever the tokenizer makes of it."""
 _PLACEHOLDER = re.compile(r"(\\[A-Za-z]+)?\{([A-Za-z_]\w*)\}")
 """`{column}`; behind a LaTeX command it may be that command's argument."""
 
@@ -77,6 +80,21 @@ def render(
     return encode(tokenizer, _apply_template(tokenizer, messages, options or {}, add_generation_prompt=True))
 
 
+def texts_to_judge(tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts) -> list[str]:
+    """The completions as an answer checker reads them: with the marks around their reasoning, where these are special tokens
+    too, and behind a mark that the prompt opens it with."""
+    special = _special_tokens(tokenizer)
+    dropped = {i for i, text in special.items() if not is_mark(text)}
+    begun = {
+        prompt: left_open(decode(tokenizer, prompt[-MARK_TOKENS:], special=True))
+        for prompt in {prompt.token_ids for prompt in rollouts.prompts}
+    }
+    return [
+        begun[prompt.token_ids] + decode(tokenizer, [i for i in ids if i not in dropped], special=True)
+        for prompt, ids in zip(rollouts.prompts, rollouts.completion_ids, strict=True)
+    ]
+
+
 def stop_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> tuple[int, ...]:
     """Every token that ends the assistant's turn: the generation config's (often several), the tokenizer's
     end-of-text, and the first special token the chat template puts after an assistant message."""
@@ -106,9 +124,13 @@ def _after_assistant(tokenizer: PreTrainedTokenizerBase) -> int | None:
         text = _apply_template(tokenizer, turns, {}, add_generation_prompt=False)
     except DataError:  # a template for prompts alone
         return None
-    after = text[text.rindex(marker) + len(marker) :]
-    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    return next((i for i in encode(tokenizer, after) if i in special), None)
+    special = _special_tokens(tokenizer)
+    return next((i for i in encode(tokenizer, text[text.rindex(marker) + len(marker) :]) if i in special), None)
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    return named | {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def _apply_template(

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from oprd.data.chat import decode
+from oprd.data.chat import decode, texts_to_judge
 from oprd.distributed import Ranks
 from oprd.errors import ConfigError
 from oprd.evaluate import metrics
@@ -113,7 +113,8 @@ class Evaluator:
     def _checked(self, rollouts: Rollouts) -> list[dict[str, Any]]:
         """One row per completion, with its verdict."""
         texts = [decode(self.tokenizer, ids) for ids in rollouts.completion_ids]
-        verdicts = self.verifier.verify(texts, [str(prompt.answer) for prompt in rollouts.prompts])
+        answers = [str(prompt.answer) for prompt in rollouts.prompts]
+        verdicts = self.verifier.verify(texts_to_judge(self.tokenizer, rollouts), answers)
         together = zip(rollouts.prompts, rollouts.completion_ids, rollouts.finished, texts, verdicts, strict=True)
         return [
             {"row": prompt.row, "problem": prompt.messages[-1].content, "answer": prompt.answer, "completion": text}

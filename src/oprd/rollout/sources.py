@@ -15,7 +15,7 @@ import torch
 from pydantic import PrivateAttr, field_validator
 from transformers import PreTrainedTokenizerBase
 
-from oprd.data.chat import decode, encode, fill
+from oprd.data.chat import decode, encode, fill, texts_to_judge
 from oprd.errors import ConfigError, DataError
 from oprd.models.generate import Sampling
 from oprd.rollout.base import RolloutEngine
@@ -237,7 +237,7 @@ class RewriteSource(_TeacherWrites):
         written = self._student_writes(prompts, sampling, step)
         tokenizer, verify = self._context.tokenizer, self._context.verifier.verify
         texts = [decode(tokenizer, ids) for ids in written.completion_ids]
-        own = verify(texts, [prompt.answer or "" for prompt in written.prompts])
+        own = verify(texts_to_judge(tokenizer, written), [prompt.answer or "" for prompt in written.prompts])
         reasons = [self._not_asked(*row) for row in zip(texts, written.finished, own, strict=True)]
         asked = [i for i, reason in enumerate(reasons) if reason is None]
         conversations = [(written.prompts[i], self._messages(written.prompts[i], texts[i])) for i in asked]

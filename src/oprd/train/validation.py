@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from oprd.data.batching import split_by_tokens
-from oprd.data.chat import decode
+from oprd.data.chat import texts_to_judge
 from oprd.effopd import EffOPDConfig, Scores, validation_prompts
 from oprd.seeds import derive_seed
 from oprd.train.setup import Parts
@@ -57,7 +57,7 @@ def validate(parts: Parts, config: EffOPDConfig, step: int) -> Scores:
 
 def _accuracies(parts: Parts, written: Rollouts) -> list[tuple[int, float | None]]:
     """(row, 1 if correct else 0) of each completion."""
-    texts = [decode(parts.method.student.lm.tokenizer, ids) for ids in written.completion_ids]
+    texts = texts_to_judge(parts.method.student.lm.tokenizer, written)
     verdicts = parts.verifier.verify(texts, [str(prompt.answer) for prompt in written.prompts])
     return [(prompt.row, float(verdict.correct)) for prompt, verdict in zip(written.prompts, verdicts, strict=True)]
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from sympy import Eq, Expr, I, Symbol
 
+from oprd.verify.reasoning import final_part
 from oprd.verify.spelling import is_literal, is_word, measured, plain, readings, split
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(-?\d(?:[\d.,/]*\d)?|[A-Z]\b))")
@@ -26,13 +27,14 @@ _PERCENT = re.compile(r"\\?%")
 _COMMANDS = re.compile(r"\\[a-z]+")
 _READ = replace(LatexExtractionConfig().normalization_config, units=False)  # it takes the t of 2t for tons
 _MEMORY = 2 << 30  # bytes a worker may take
+_MOST_PAIRS = 2000  # of two lists' elements that are not the same text; longer lists are not the same answer
 _TAIL = 2000  # characters searched for an answer where there is no box
 
 
 def judge(completion: str, answer: str) -> dict[str, object]:
     """{"outcome": correct | wrong | no_answer, "extracted": text or None}.
 
-    The last box counts; adjacent boxes are one answer. A box inside a reasoning block (<think>) does not count.
+    The last box counts; adjacent boxes are one answer. A box inside the reasoning does not count.
     """
     text = final_part(completion)
     found = last_boxed(text)
@@ -60,15 +62,22 @@ def _same(ours: str, theirs: str) -> bool:
         return brackets == their_brackets and len(our_parts) == len(their_parts) and all(_same(*x) for x in pairs)
     if brackets or their_brackets:  # an interval may be a set with a name
         return len(our_parts) != len(their_parts) and 1 in (len(our_parts), len(their_parts)) and _agree(ours, theirs)
-    return all(any(_same(x, y) for y in their_parts) for x in our_parts) and all(
-        any(_same(x, y) for x in our_parts) for y in their_parts
+    ours_by_text, theirs_by_text = ({plain(x): x for x in parts} for parts in (our_parts, their_parts))
+    left, missing = (
+        [x for text, x in one.items() if text not in other]
+        for one, other in ((ours_by_text, theirs_by_text), (theirs_by_text, ours_by_text))
+    )
+    if len(left) * len(theirs_by_text) + len(missing) * len(ours_by_text) > _MOST_PAIRS:
+        return False
+    return all(any(_same(x, y) for y in theirs_by_text.values()) for x in left) and all(
+        any(_same(x, y) for x in ours_by_text.values()) for y in missing
     )
 
 
 def _same_part(ours: str, theirs: str) -> bool:
     """Whether two answers of one part are the same though not as text."""
     (ours, unit), (theirs, their_unit) = measured(ours), measured(theirs)
-    if None not in (unit, their_unit) and unit != their_unit:
+    if unit and their_unit and unit != their_unit:  # also 1 hour and 60 minutes: nothing is converted
         return False
     a, b = plain(ours), plain(theirs)
     if is_literal(ours) or is_literal(theirs) or (is_word(ours) and is_word(theirs)) or a.lower() == b.lower():
@@ -87,12 +96,6 @@ def _agree(ours: str, theirs: str) -> bool:
     """Whether math-verify finds two answers equal."""
     gold, found = _parse(f"\\boxed{{{theirs}}}"), _parse(f"\\boxed{{{ours}}}")
     return verify(gold, found, allow_set_relation_comp=True, timeout_seconds=None)
-
-
-def final_part(completion: str) -> str:
-    """The text after the reasoning block; empty if the block was never closed."""
-    rest = re.split(r"</think(?:ing)?>|\[/THINK\]", completion)[-1]
-    return "" if re.search(r"<think(?:ing)?>|\[THINK\]", rest) else rest
 
 
 def last_boxed(text: str) -> str | None:

@@ -24,11 +24,13 @@ _REWRITES = [
         (r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]\+?(-?\d+)(?![\w.])", r"\1\\times 10^{\2}"),
         (r"\\([dtc]?)frac\s*(\d)\s+(\d)(?!\d)", r"\\frac{\2}{\3}"),
         (r"(?<![\w.^])(\d+)\s+(\d+)\s*/\s*(\d+)", r"\1\\frac{\2}{\3}"),  # a mixed number
-        (r"(?<![\w.^])([1-9]\d{0,2})\s(\d{3})(?:\s(\d{3}))?(?:\s(\d{3}))?(?![\d\s])", r"\1\2\3\4"),
+        (r"(?<![\w.^])([1-9]\d{0,2})((?:\s\d{3})+)(?![\d\s])", lambda m: "".join(m[0].split())),
         (r"(\d\)?)_\{\s*(\d+)\s*\}", r"\1_\2"),
+        (r"\((\d+)\)_", r"\1_"),
+        (r"(?<![\w.^])(\d+)\s*\((?=\d|\\[dt]?frac)", r"\1\\cdot ("),  # to math-verify 2(31) is a mixed number, 33
         (r"\b0?(\d+)\s*:\s*(\d)", r"\1:\2"),
         (r"(?<=\d)\s*([aApP])\.?\s*[mM]\b", r" \1m"),  # of a clock
-        (r"^\s*(?:[A-Za-z]|\([A-Za-z](?:,\s*[A-Za-z])+\))\s*(?:\\in(?![a-z])|=(?=\s*(?:[\[(]|\\\{)))", ""),
+        (r"^\s*(?:[A-Za-z]|\([A-Za-z](?:,\s*[A-Za-z])+\))\s*(?:\\in(?![a-z])|=(?=\s*(?:[\[(]|\\\{|\d+_)))", ""),
         (r"^[\s*`]+|[\s.*`\\]+$", ""),
     )
 ]
@@ -51,6 +53,7 @@ _KNOWN_UNITS = re.compile(
     r"(g\b|gram)|(kg|kilog)|(lb|pound)|(s\b|sec)|(min)|(h\b|hr|hour)|(day)|(week)|(month)|"
     r"(year)|(cent)|(dollar)|(degree|\\circ)|(am\b)|(pm\b))"
 )
+_POWERS = {2: re.compile(r"\^\s*\{?2|\bsq"), 3: re.compile(r"\^\s*\{?3|\bcu")}
 _RELATION = r"([<>]|\\[lg]eq?(?![a-z])|\\[lg]eqslant|\\[lg]t(?![a-z]))"
 _BOUND = r"((?:[^<>=A-Za-z\\]|\\(?![lg][et])[a-z]+)+)"
 _BOUNDED = re.compile(rf"(?:{_BOUND}{_RELATION})?\s*[A-Za-z]\s*(?:{_RELATION}{_BOUND})?")
@@ -138,10 +141,11 @@ def is_word(text: str) -> bool:
     return _WORDS.fullmatch(text) is not None and (len(text) not in (2, 3) or not text.islower())
 
 
-def measured(text: str) -> tuple[str, int | None]:
-    """The text without the units at its end, and which of the known units they name first."""
+def measured(text: str) -> tuple[str, tuple[int | None, ...]]:
+    """The text without the units at its end, and the known ones among them with their power; empty if none is known."""
     units = _UNITS.search(text)
     if not units:
-        return text, None
-    known = _KNOWN_UNITS.search(units[0])
-    return text[: units.start()], known and known.lastindex
+        return text, ()
+    known = [unit.lastindex for unit in _KNOWN_UNITS.finditer(units[0].replace("mph", "mi/h"))]
+    power = next((n for n, pattern in _POWERS.items() if pattern.search(units[0])), 1)
+    return text[: units.start()], (*known, power) if known else ()
