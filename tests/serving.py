@@ -66,7 +66,7 @@ def connect(config: ServerTeacherConfig, folder: Path, prompt: str = "12+34-5", 
     context = teacher_context(folder, **needs)
     facts = config.facts(context)
     row = Prompt(row=0, messages=(Message(role="user", content=prompt),), token_ids=(1,))
-    return config.build(facts, replace(context, prompts=(config.render(row, facts, 0),)))
+    return config.build(facts, replace(context, prompts=tuple(config.render([row], facts, 0))))
 
 
 def given_rollouts(tokenizer) -> Rollouts:

@@ -73,7 +73,7 @@ def test_a_teacher_reads_its_own_variables_in_prompts_and_in_requests(problem, t
     tokenizer = context.student.tokenizer
     (prompt,) = load_prompts(DataConfig(prompts=problem), tokenizer, context=256, room=16)
     config = SelfTeacherConfig(chat_template_kwargs=OFF)
-    shown = config.render(prompt, config.facts(context), 16)
+    (shown,) = config.render([prompt], config.facts(context), 16)
     assert decode(tokenizer, shown.teacher_token_ids, special=True) == ASKED + EMPTY
     assert decode(tokenizer, shown.token_ids, special=True) == ASKED
     with pytest.raises(ConfigError, match=r"give system_prompt or prompt_template, or chat_template_kwargs"):

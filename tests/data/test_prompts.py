@@ -213,3 +213,41 @@ def test_a_template_that_reads_a_list_of_parts_gets_one(base):
     assert decode(base.tokenizer, render(base.tokenizer, (Message(role="user", content="1+2"),)), special=True) == (
         "<|user|>1+2"
     )
+
+
+def test_text_with_a_token_that_the_embedding_has_no_row_for_is_refused_by_its_line(tmp_path):
+    tokenizer = load_miniature("base").tokenizer
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["<|extra|>"])
+    reason = rf"'<\|extra\|>' in the text is token {rows}, but the model's embedding has {rows} rows"
+    texts = [{"problem": "1+1"}, {"problem": "1+<|extra|>"}]
+    for row in (texts[1], {"problem": "1+1", "completion": "<|extra|>"}, {"problem": "1+1", "answer": "<|extra|>"}):
+        path = write_rows(tmp_path / "d.jsonl", [texts[0], row])
+        config = DataConfig(prompts=str(path))
+        if "answer" in row:  # no model reads it
+            assert len(load_prompts(config, tokenizer, context=256, room=64, vocabulary=rows)) == 2
+            continue
+        with pytest.raises(DataError, match=f"d.jsonl:2: {reason}"):
+            load_prompts(config, tokenizer, context=256, room=64, vocabulary=rows)
+        assert len(load_prompts(config, tokenizer, context=256, room=64, vocabulary=rows + 1)) == 2
+
+
+def test_prompts_of_a_batch_are_those_of_one_by_one_and_the_first_bad_row_is_named(tmp_path, tokenizer):
+    rows = [{"problem": f"{i}+1" * (1 + i % 7)} for i in range(600)]
+    path = write_rows(tmp_path / "d.jsonl", rows)
+    config = DataConfig(prompts=str(path))
+    together, single = (Prompts(config, tokenizer, context=256, room=64) for _ in range(2))
+    assert together.prepare() == tuple(single[i] for i in range(600))
+    for i in (300, 299, 511):
+        rows[i] = {"problem": "1" * 500}
+    rows[400] = {"problem": 5}
+    write_rows(path, rows)
+    with pytest.raises(DataError, match=r"d.jsonl:300: the prompt has 503 tokens"):
+        Prompts(config, tokenizer, context=256, room=64).prepare()
+    with pytest.raises(DataError, match=r"d.jsonl:401: column 'problem' must be non-empty text"):
+        Prompts(config.model_copy(update={"drop_overlong": True}), tokenizer, context=256, room=64)
+    del rows[400]
+    write_rows(path, rows)
+    kept = Prompts(config.model_copy(update={"drop_overlong": True}), tokenizer, context=256, room=64)
+    assert len(kept) == 596
+    assert [p.row for p in kept.prepare()] == [i for i in range(599) if i not in {299, 300, 510}]

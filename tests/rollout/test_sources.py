@@ -206,7 +206,7 @@ def test_a_placeholder_that_is_no_column_is_reported_under_its_own_key():
         RewriteSource(prompt="{prompt} {completion} {solution}").check_prompts([prompt()])
     facts = TeacherFacts(provides=LOCAL, why_not={}, model=ModelFacts.read(str(MODELS / "teacher")))
     with pytest.raises(DataError, match=r"system_prompt asks for \{style\}"):
-        LocalTeacherConfig(model="m", system_prompt="{style}").render(prompt(), facts, 0)
+        LocalTeacherConfig(model="m", system_prompt="{style}").render([prompt()], facts, 0)
 
 
 def test_a_cut_completion_keeps_its_cut_unless_the_teacher_ends_it(tokenizer, verifier):

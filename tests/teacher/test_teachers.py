@@ -57,7 +57,7 @@ def facts(context: int = 256) -> TeacherFacts:
 def test_a_teacher_with_another_prompt_reads_the_same_completions_behind_it(teacher_lm):
     given = rollouts(teacher_lm)
     config = LocalTeacherConfig(model="m", system_prompt="Be right.", prompt_template="{problem} is {solution}")
-    given = replace(given, prompts=tuple(config.render(prompt, facts(), 0) for prompt in given.prompts))
+    given = replace(given, prompts=tuple(config.render(given.prompts, facts(), 0)))
     got = states(LocalTeacher(FrozenModel(teacher_lm), context=256), given)
     prompts = [
         teacher_lm.tokenizer.apply_chat_template(
@@ -84,11 +84,11 @@ def test_targets_never_carry_gradient(teacher_lm):
 def test_a_template_column_that_is_missing_and_a_prompt_too_long_are_refused_before_training(teacher_lm):
     prompt = rollouts(teacher_lm).prompts[0]
     with pytest.raises(DataError, match=r"asks for \{proof\}, the dataset has problem, solution"):
-        LocalTeacherConfig(model="m", prompt_template="{proof}").render(prompt, facts(), 0)
+        LocalTeacherConfig(model="m", prompt_template="{proof}").render([prompt], facts(), 0)
     with pytest.raises(
         DataError, match=r"row 0: the teacher's prompt has \d+ tokens, its context of 64 is to hold 60 more"
     ):
-        LocalTeacherConfig(model="m").render(prompt, facts(context=64), 60)
+        LocalTeacherConfig(model="m").render([prompt], facts(context=64), 60)
 
 
 def test_a_request_that_leaves_no_room_for_its_answer_is_not_answered(teacher_lm):

@@ -52,7 +52,23 @@ def with_prompt(
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> tuple[int, ...]:
     """The text's token ids; `special` adds the special tokens that the tokenizer puts around plain text."""
-    return tuple(cast(list[int], tokenizer(text, add_special_tokens=special)["input_ids"]))
+    return _encode_all(tokenizer, [text], special=special)[0]
+
+
+def _encode_all(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool) -> list[tuple[int, ...]]:
+    return [
+        tuple(ids) for ids in cast(list[list[int]], tokenizer(list(texts), add_special_tokens=special)["input_ids"])
+    ]
+
+
+def refuse_beyond(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], rows: int) -> None:
+    """Raise DataError for an id that an embedding of so many rows lacks."""
+    if max(ids, default=0) >= rows:
+        text = decode(tokenizer, (max(ids),), special=True)
+        raise DataError(
+            f"{text!r} in the text is token {max(ids)}, but the model's embedding has {rows} rows; drop the row, or "
+            "call resize_token_embeddings and save the model"
+        )
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special: bool = False) -> str:
@@ -63,7 +79,16 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special: b
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, Any] | None = None
 ) -> tuple[int, ...]:
-    """Token ids of the conversation up to where the assistant starts to write; `options` are variables of the chat template.
+    """Token ids of one conversation, as `render_all` makes them."""
+    return render_all(tokenizer, [messages], options)[0]
+
+
+def render_all(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Message]],
+    options: Mapping[str, Any] | None = None,
+) -> list[tuple[int, ...]]:
+    """Token ids of each conversation up to where the assistant starts to write; `options` are variables of the chat template.
 
     Without a chat template (base models) the contents are joined by blank lines and tokenized as plain text. Raises DataError
     for an option that the template does not read.
@@ -72,12 +97,16 @@ def render(
     if unread := [name for name in options or () if not re.search(rf"\b{re.escape(name)}\b", template)]:
         lacks = f"does not read {unread[0]!r}" if template else "does not exist"
         raise DataError(f"chat_template_kwargs gives {unread[0]!r}, but the chat template {lacks}; correct or drop it")
-    if tokenizer.chat_template is None:
-        ids = encode(tokenizer, "\n\n".join(turn.content for turn in messages), special=True)
-        # some tokenizers end every text; the student's goes on
-        return ids[:-1] if ids[-1:] == (tokenizer.eos_token_id,) and len(ids) > 1 else ids
-    # the template writes its own special tokens, so none are added a second time
-    return encode(tokenizer, _apply_template(tokenizer, messages, options or {}, add_generation_prompt=True))
+    if template:  # it writes its own special tokens, so none are added a second time
+        texts = [
+            _apply_template(tokenizer, turns, options or {}, add_generation_prompt=True) for turns in conversations
+        ]
+        return _encode_all(tokenizer, texts, special=False)
+    rows = _encode_all(
+        tokenizer, ["\n\n".join(turn.content for turn in turns) for turns in conversations], special=True
+    )
+    # some tokenizers end every text; the student's goes on
+    return [ids[:-1] if ids[-1:] == (tokenizer.eos_token_id,) and len(ids) > 1 else ids for ids in rows]
 
 
 def texts_to_judge(tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts) -> list[str]:

@@ -1,9 +1,9 @@
 """Datasets of prompts: read, checked row by row, rendered for the student; and the order in which they are used."""
 
-import contextlib
 import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from oprd.data.chat import fill, render, with_prompt
+from oprd.data.chat import encode, fill, refuse_beyond, render_all, with_prompt
 from oprd.data.rows import Row, TableRows, open_rows, spelled
 from oprd.errors import DataError, OverlongPrompt
 from oprd.progress import console, progress_bar
@@ -23,6 +23,8 @@ UNUSABLE = ("tools", "images", "image", "videos", "audio")
 """Columns that change what a conversation means to a model."""
 MANY = 10_000
 """Prompts that are read and checked before a run even if it uses fewer; from here on a bar is shown."""
+TOGETHER = 256
+"""Prompts that are tokenized in one call."""
 DIGESTED = 1024
 """Prompts whose text a run remembers."""
 
@@ -53,10 +55,11 @@ class DataConfig(RowsSection):
 
 
 def load_prompts(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, context: int, room: int, given: Dataset | None = None
-) -> tuple[Prompt, ...]:
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, context: int, room: int, vocabulary: int = 2**31,
+    given: Dataset | None = None,
+) -> tuple[Prompt, ...]:  # fmt: skip
     """Every prompt of the dataset at once. Raises DataError as `Prompts` does."""
-    prompts = Prompts(config, tokenizer, context=context, room=room, given=given)
+    prompts = Prompts(config, tokenizer, context=context, room=room, vocabulary=vocabulary, given=given)
     for note in prompts.notes:
         console.print(note)
     return prompts.prepare()
@@ -65,19 +68,19 @@ def load_prompts(
 class Prompts(Sequence[Prompt]):
     """The prompts of a dataset, in the model's chat template and tokens, each made when it is first used.
 
-    `context` is the model's context length, `room` the part that completions may take, in tokens. `given` replaces reading
-    by name, `view` adds what the teacher sees. Raises DataError, with file and line, for a malformed row, an empty dataset,
-    or a prompt that does not leave that room.
+    `context` is the model's context length, `room` the part that completions may take, in tokens; `vocabulary` the rows of its
+    embedding. `given` replaces reading by name, `view` adds what the teacher sees. Raises DataError, with file and line, for
+    a malformed row, an empty dataset, a prompt that does not leave that room, or a token that has no row.
     """
 
     def __init__(
-        self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, context: int, room: int,
-        given: Dataset | None = None, view: Callable[[Prompt], Prompt] = lambda prompt: prompt,
+        self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, context: int, room: int, vocabulary: int = 2**31,
+        given: Dataset | None = None, view: Callable[[Sequence[Prompt]], Sequence[Prompt]] = lambda prompts: prompts,
     ) -> None:  # fmt: skip
         self._config, self._tokenizer, self._room, self._view = config, tokenizer, context - room, view
         self._rows = TableRows(given) if given is not None else open_rows(config.prompts, config.split)
         self._made: dict[int, Prompt] = {}
-        self.notes: list[str] = []
+        self._vocabulary, self.notes = vocabulary, list[str]()
         total = len(self._rows) if config.limit is None else min(config.limit, len(self._rows))
         self._kept: Sequence[int] = range(total)
         if config.deduplicate:
@@ -97,14 +100,16 @@ class Prompts(Sequence[Prompt]):
             return tuple(self[i] for i in range(len(self))[index])
         row = self._kept[index]
         if row not in self._made:
-            self._made[row] = self._make(row)
+            self._made |= self._make([row])
         return self._made[row]
 
     def prepare(self, indices: Iterable[int] | None = None) -> tuple[Prompt, ...]:
         """The prompts at `indices`, in the order of the dataset; all without. What is wrong with one is found here."""
         chosen = range(len(self)) if indices is None else sorted(set(indices))
-        with progress_bar("read prompts", len(chosen), shown=len(chosen) >= MANY) as bar:
-            prompts = tuple(self[i] for i in chosen if not bar.advance(1))
+        new = [row for row in (self._kept[i] for i in chosen) if row not in self._made]
+        for prompts in self._in_batches(new, "read prompts"):
+            self._made |= prompts
+        prompts = tuple(self[i] for i in chosen)
         if self._config.answer != "answer" and all(prompt.answer is None for prompt in prompts):
             raise DataError(
                 f"data.answer is {self._config.answer!r}, which no row of {self._config.prompts} has; correct the name, "
@@ -121,13 +126,42 @@ class Prompts(Sequence[Prompt]):
             found.update(repr((p.token_ids, p.teacher_messages, p.answer, p.teacher, p.completion)).encode())
         return found.hexdigest()
 
-    def _make(self, row: int) -> Prompt:
+    def _in_batches(
+        self, rows: Sequence[int], what: str, *, drop_overlong: bool = False
+    ) -> Iterator[dict[int, Prompt]]:
+        with progress_bar(what, len(rows), shown=len(rows) >= MANY) as bar:
+            for first in range(0, len(rows), TOGETHER):
+                some = rows[first : first + TOGETHER]
+                yield self._make(some, drop_overlong=drop_overlong)
+                bar.advance(len(some))
+
+    def _make(self, rows: Sequence[int], *, drop_overlong: bool = False) -> dict[int, Prompt]:
+        """The prompts of these rows. Raises DataError for the first that is wrong, with its place."""
         try:
-            return self._view(_prompt(row, self._rows[row], self._config, self._tokenizer, self._room))
-        except OverlongPrompt as error:
-            raise OverlongPrompt(f"{self._rows.where(row)}: {error}") from None
+            return dict(zip(rows, self._view(self._read(rows)), strict=True))
         except DataError as error:
-            raise DataError(f"{self._rows.where(row)}: {error}") from None
+            if len(rows) == 1:
+                if drop_overlong and isinstance(error, OverlongPrompt):
+                    return {}
+                raise type(error)(f"{self._rows.where(rows[0])}: {error}") from None
+        half = len(rows) // 2
+        parts = (self._make(part, drop_overlong=drop_overlong) for part in (rows[:half], rows[half:]))
+        return {row: prompt for part in parts for row, prompt in part.items()}
+
+    def _read(self, rows: Sequence[int]) -> list[Prompt]:
+        prompts = [_prompt(row, self._rows[row], self._config) for row in rows]
+        messages = [prompt.messages for prompt in prompts]
+        ids = render_all(self._tokenizer, messages, self._config.chat_template_kwargs)
+        for prompt, some in zip(prompts, ids, strict=True):
+            if len(self._tokenizer) > self._vocabulary:
+                written = encode(self._tokenizer, prompt.completion or "")
+                refuse_beyond(self._tokenizer, (*some, *written), self._vocabulary)
+            if not 0 < len(some) <= self._room:
+                raise OverlongPrompt(
+                    f"the prompt has {len(some)} tokens, the context less max_completion_length leaves {self._room}; "
+                    "shorten or drop the prompt, or lower max_completion_length"
+                )
+        return [replace(prompt, token_ids=some) for prompt, some in zip(prompts, ids, strict=True)]
 
     def _first_of_equals(self, rows: Sequence[int]) -> Sequence[int]:
         found: dict[bytes, int] = {}
@@ -140,12 +174,8 @@ class Prompts(Sequence[Prompt]):
 
     def _fitting(self, rows: Sequence[int]) -> Sequence[int]:
         kept = array("Q")
-        with progress_bar("measure prompts", len(rows), shown=len(rows) >= MANY) as bar:
-            for row in rows:
-                bar.advance(1)
-                with contextlib.suppress(OverlongPrompt):
-                    self._make(row)
-                    kept.append(row)
+        for prompts in self._in_batches(rows, "measure prompts", drop_overlong=True):
+            kept.extend(prompts)
         dropped = len(rows) - len(kept)
         self.notes.append(
             f"{self._config.prompts}: {dropped} of {len(rows)} prompts leave no room for a completion and are dropped"
@@ -179,22 +209,17 @@ def _epoch_order(size: int, seed: int, epoch: int) -> Sequence[int]:
     return array("q", torch.randperm(size, generator=generator).tolist())
 
 
-def _prompt(number: int, row: Row, config: DataConfig, tokenizer: PreTrainedTokenizerBase, room: int) -> Prompt:
+def _prompt(number: int, row: Row, config: DataConfig) -> Prompt:
+    """The prompt of a row, not yet tokenized."""
     columns = {name: str(spelled(value)) for name, value in row.items() if isinstance(value, str | int | float)}
     # the student and an evaluation never see the reference answer; a teacher may
     shown = {name: text for name, text in columns.items() if name != config.answer}
     messages, completion = _messages(row, shown, config)
-    token_ids = render(tokenizer, messages, config.chat_template_kwargs)
-    if not 0 < len(token_ids) <= room:
-        raise OverlongPrompt(
-            f"the prompt has {len(token_ids)} tokens, the context less max_completion_length leaves {room}; "
-            "shorten or drop the prompt, or lower max_completion_length"
-        )
     answer, teacher = _field(row, config.answer), row.get("teacher")
     return Prompt(
         row=number,
         messages=messages,
-        token_ids=token_ids,
+        token_ids=(),
         answer=spelled(answer),
         teacher=None if teacher is None else str(teacher),
         completion=completion,

@@ -49,6 +49,7 @@ def load_benchmarks(
     tokenizer: PreTrainedTokenizerBase,
     *,
     context: int,
+    vocabulary: int = 2**31,
     trained_on: OwnPrompt | None = None,
 ) -> tuple[Benchmark, ...]:
     """Every benchmark of the config, rendered for the model, with the template variables that it was trained with unless the
@@ -61,17 +62,20 @@ def load_benchmarks(
     if len(set(names)) < len(names):
         raise ConfigError(f"evaluation.benchmarks names one twice: {', '.join(config.benchmarks)}; drop one")
     named = zip(config.benchmarks, names, strict=True)
-    return tuple(Benchmark(name=name, prompts=_load(source, config, tokenizer, context)) for source, name in named)
+    limits = {"context": context, "vocabulary": vocabulary}
+    return tuple(Benchmark(name=name, prompts=_load(source, config, tokenizer, limits)) for source, name in named)
 
 
-def _load(name: str, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, context: int) -> tuple[Prompt, ...]:
+def _load(
+    name: str, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, limits: dict[str, int]
+) -> tuple[Prompt, ...]:
     source, split, answer = HUB_NAMES.get(name, (name, "test", config.answer))
     data = DataConfig(
         prompts=source, split=split, limit=config.limit, answer=answer,
         system_prompt=config.system_prompt, prompt_template=config.prompt_template,
         chat_template_kwargs=config.chat_template_kwargs,
     )  # fmt: skip
-    prompts = load_prompts(data, tokenizer, context=context, room=config.max_completion_length)
+    prompts = load_prompts(data, tokenizer, room=config.max_completion_length, **limits)
     for prompt in prompts:
         if prompt.answer is None:
             raise DataError(f"benchmark {name!r}: row {prompt.row} has no column {answer!r}")

@@ -162,7 +162,7 @@ def evaluate_model(model: str, config: EvaluationConfig, *, out: Path) -> tuple[
     if log.exists():
         raise ConfigError(f"{out} holds an evaluation already; choose another --out")
     facts = ModelFacts.read(model)
-    benchmarks = load_benchmarks(config, facts.tokenizer, context=facts.context)
+    benchmarks = load_benchmarks(config, facts.tokenizer, context=facts.context, vocabulary=facts.vocabulary)
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     frozen = load_frozen(model, facts.tokenizer, torch.device(device), dtype=dtype)
     with VerifierPool() as verifier:

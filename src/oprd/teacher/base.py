@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from oprd.data.chat import render, with_prompt
+from oprd.data.chat import refuse_beyond, render_all, with_prompt
 from oprd.errors import OverlongPrompt
 from oprd.models.language_model import Model
 from oprd.models.loading import ModelFacts
@@ -148,9 +148,9 @@ class AnyTeacherConfig(Section, ABC):
         """What can be known before anything is loaded or asked. Raises an OprdError for what is wrong already."""
 
     @abstractmethod
-    def render(self, prompt: Prompt, facts: TeacherFacts, room: int) -> Prompt:
-        """The prompt with the conversation that its teacher sees, which has to leave `room` tokens of the teacher's context
-        for the completion. Raises DataError for one that no teacher can read."""
+    def render(self, prompts: Sequence[Prompt], facts: TeacherFacts, room: int) -> list[Prompt]:
+        """The prompts with the conversation that their teacher sees, which has to leave `room` tokens of its context for the
+        completion. Raises DataError for one that no teacher can read."""
 
     @abstractmethod
     def build(self, facts: TeacherFacts, context: TeacherContext, name: str = "") -> Teacher:
@@ -160,13 +160,18 @@ class AnyTeacherConfig(Section, ABC):
 class TeacherConfig(OwnPrompt, AnyTeacherConfig):
     """A single teacher, which may see another prompt than the student."""
 
-    def render(self, prompt: Prompt, facts: TeacherFacts, room: int) -> Prompt:
-        """The prompt with this teacher's conversation, in its own template and tokens."""
-        messages = with_prompt(prompt.messages, prompt.columns, self.system_prompt, self.prompt_template)
-        if facts.model is None:
-            return replace(prompt, teacher_messages=messages)
-        ids = render(facts.model.tokenizer, messages, self.chat_template_kwargs)
-        if len(ids) + room > facts.model.context:
-            given = f"the teacher's prompt has {len(ids)} tokens, its context of {facts.model.context} is to hold {room} more"
-            raise OverlongPrompt(f"row {prompt.row}: {given}; shorten or drop it, or lower max_completion_length")
-        return replace(prompt, teacher_messages=messages, teacher_token_ids=ids)
+    def render(self, prompts: Sequence[Prompt], facts: TeacherFacts, room: int) -> list[Prompt]:
+        """The prompts with this teacher's conversations, in its own template and tokens."""
+        seen = [with_prompt(p.messages, p.columns, self.system_prompt, self.prompt_template) for p in prompts]
+        if (model := facts.model) is None:
+            return [replace(prompt, teacher_messages=turns) for prompt, turns in zip(prompts, seen, strict=True)]
+        ids = render_all(model.tokenizer, seen, self.chat_template_kwargs)
+        for prompt, row in zip(prompts, ids, strict=True):
+            refuse_beyond(model.tokenizer, row, model.vocabulary)
+            if len(row) + room > model.context:
+                given = (
+                    f"the teacher's prompt has {len(row)} tokens, its context of {model.context} is to hold {room} more"
+                )
+                raise OverlongPrompt(f"row {prompt.row}: {given}; shorten or drop it, or lower max_completion_length")
+        together = zip(prompts, seen, ids, strict=True)
+        return [replace(p, teacher_messages=turns, teacher_token_ids=row) for p, turns, row in together]

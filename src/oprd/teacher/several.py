@@ -88,12 +88,14 @@ class SeveralTeachersConfig(AnyTeacherConfig):
         why_not = {capability: why for facts in members.values() for capability, why in facts.why_not.items()}
         return TeacherFacts(provides=shared - {Capability.ONE_MODEL}, why_not=why_not, model=None, members=members)
 
-    def render(self, prompt: Prompt, facts: TeacherFacts, room: int) -> Prompt:
-        name = str(prompt.teacher)
-        if name not in self.teachers:
-            allowed = ", ".join(self.teachers)
-            raise DataError(f"row {prompt.row}: column 'teacher' is {prompt.teacher!r}, allowed: {allowed}")
-        return self.teachers[name].render(prompt, facts.members[name], room)
+    def render(self, prompts: Sequence[Prompt], facts: TeacherFacts, room: int) -> list[Prompt]:
+        for prompt in prompts:
+            if prompt.teacher not in self.teachers:
+                allowed = ", ".join(self.teachers)
+                raise DataError(f"row {prompt.row}: column 'teacher' is {prompt.teacher!r}, allowed: {allowed}")
+        own = {name: [p for p in prompts if p.teacher == name] for name in self.teachers}
+        seen = {name: iter(self.teachers[name].render(some, facts.members[name], room)) for name, some in own.items()}
+        return [next(seen[str(prompt.teacher)]) for prompt in prompts]
 
     def build(self, facts: TeacherFacts, context: TeacherContext, name: str = "") -> Teacher:
         built = {key: config.build(facts.members[key], context, key) for key, config in self.teachers.items()}

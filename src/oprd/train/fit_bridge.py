@@ -62,7 +62,7 @@ def prepare_fit(recipe: Recipe, objective: BridgeObjective, given: Given) -> Fit
     limit = min(objective.fit_prompts, recipe.data.limit or objective.fit_prompts)
     prompts = load_prompts(
         recipe.data.model_copy(update={"limit": limit}), facts.tokenizer,
-        context=facts.context, room=room, given=given.prompts,
+        context=facts.context, room=room, vocabulary=facts.vocabulary, given=given.prompts,
     )  # fmt: skip
     if int(len(prompts) * HELD_OUT) < 1:
         raise DataError(
@@ -85,7 +85,7 @@ def prepare_fit(recipe: Recipe, objective: BridgeObjective, given: Given) -> Fit
         student=student,
         teacher=cast(LocalTeacher, recipe.teacher.build(teacher_facts, context)),
         setting=objective.setting(facts.blocks, teacher_facts.model.blocks),
-        prompts=tuple(recipe.teacher.render(prompt, teacher_facts, room) for prompt in prompts),
+        prompts=tuple(recipe.teacher.render(prompts, teacher_facts, room)),
         write=write,
         batch_size=max(1, engine.at_once(engine_facts.tokens) // rollout.group_size),
         micro_batch_tokens=recipe.micro_batch_tokens,

@@ -180,17 +180,17 @@ def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -
     for objective in objectives:
         if teacher.model is not None:
             objective.check_pair_facts(student, teacher.model)
-    room = recipe.rollout.max_completion_length
+    room, limits = recipe.rollout.max_completion_length, {"context": student.context, "vocabulary": student.vocabulary}
     prompts = Prompts(
-        recipe.data, student.tokenizer, context=student.context, room=room, given=given.prompts,
-        view=lambda prompt: recipe.teacher.render(prompt, teacher, room),
+        recipe.data, student.tokenizer, **limits, room=room, given=given.prompts,
+        view=lambda some: recipe.teacher.render(some, teacher, room),
     )  # fmt: skip
     places = max(recipe.max_steps * recipe.prompts_per_step, MANY)
     used = prompts.prepare(in_order(range(min(places, len(prompts))), len(prompts), recipe.seed))
     recipe.rollout.source.check_prompts(used)
     folder.check_prompts(prompts.digest(recipe.seed))
     _check_validation(recipe, objectives, teacher, prompts)
-    benchmarks = load_benchmarks(recipe.evaluation, student.tokenizer, context=student.context, trained_on=recipe.data)
+    benchmarks = load_benchmarks(recipe.evaluation, student.tokenizer, **limits, trained_on=recipe.data)
     engine = engine_context(recipe, ranks, used, benchmarks)
     recipe.rollout.engine.check(student, engine)
     return Checked(
