@@ -127,14 +127,31 @@ def test_two_benchmarks_of_one_file_name_stay_apart(held_out_file, tmp_path):
         load_benchmarks(EvaluationConfig(benchmarks=[files[0], files[0]]), tokenizer, context=2048)
 
 
-@pytest.mark.parametrize("name", ["aime24", "own"])
-def test_a_boxed_answer_in_another_column_is_read_and_judged(name, tmp_path, monkeypatch):
-    file = tmp_path / "own.jsonl"
-    file.write_text(json.dumps({"id": 60, "problem": "Aya goes for a walk", "solution": r"\boxed{204}"}) + "\n")
-    monkeypatch.setitem(benchmarks.HUB_NAMES, "aime24", (str(file), *benchmarks.HUB_NAMES["aime24"][1:]))
+CARDS = {
+    "aime24": {"id": 60, "problem": "Aya goes for a walk", "solution": r"\boxed{204}", "url": "https://x"},
+    "aime25": {"problem": "Find the sum", "answer": "204", "id": "0"},
+    "aimo": {"id": 0, "problem": "Let", "solution": "So it is 204.", "answer": "204", "url": "https://x"},
+    "amc23": {"id": 0, "answer": "204.0", "url": "https://x", "question": "Cities $A$ and $B$"},
+    "hmmt25": {"problem_idx": 1, "problem": "Compute", "answer": "204", "problem_type": ["Algebra"]},
+    "math500": {
+        "problem": "Convert", "solution": r"It is $\boxed{204}$.", "answer": "204", "subject": "Precalculus", "level": 2,
+        "unique_id": "test/precalculus/807.json",
+    },
+}  # fmt: skip
+"""A row of each named benchmark, with the columns of its public card."""
+
+
+@pytest.mark.parametrize("name", [*CARDS, "own"])
+def test_every_named_benchmark_is_read_from_its_own_columns_and_judged(name, tmp_path, monkeypatch):
+    assert set(CARDS) == set(benchmarks.HUB_NAMES)
+    row, file = CARDS.get(name, CARDS["aime24"]), tmp_path / "own.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    if name != "own":
+        monkeypatch.setitem(benchmarks.HUB_NAMES, name, (str(file), *benchmarks.HUB_NAMES[name][1:]))
     config = EvaluationConfig(
-        benchmarks=[name if name == "aime24" else str(file)], answer="solution" if name == "own" else "answer"
+        benchmarks=[str(file) if name == "own" else name], answer="solution" if name == "own" else "answer"
     )
     (found,) = load_benchmarks(config, load_miniature("base").tokenizer, context=4096)
+    assert found.prompts[0].messages[0].content == row.get("problem", row.get("question"))
     gold = str(found.prompts[0].answer)
     assert [judge(rf"So \boxed{{{n}}}.", gold)["outcome"] for n in (204, 205)] == ["correct", "wrong"]

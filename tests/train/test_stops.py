@@ -64,6 +64,8 @@ def test_the_first_step_says_how_probable_each_side_holds_each_stop(student, tmp
     out = " ".join(capfd.readouterr().err.split())
     assert out.count(f"student {said[0]}; teacher {said[1]}.") == out.count("Mean probability") == 1
     assert float(mass[1]) > 0.1
+    assert out.count("were cut at max_completion_length=48. Look into samples.jsonl.") == 1
+    assert "not among <|system|>, <|end|>, either the student's or the teacher's stop tokens" in out
     assert mass_on_stops(parts.method, replace(written, finished=(False,) * len(written))) == ""
 
 

@@ -21,6 +21,7 @@ from oprd.seeds import derive_seed
 from oprd.train.checkpoint import checkpoints, forget_after, load_checkpoint, save_checkpoint, whole_checkpoint
 from oprd.train.interrupt import Interrupt
 from oprd.train.metrics import (
+    advice_on_cuts,
     diagnostics,
     logprob_difference,
     mass_on_stops,
@@ -272,10 +273,9 @@ def _warn_of_truncation(parts: Parts, progress: Progress, share: float) -> None:
         return
     progress.warned_of_truncation = True
     if parts.ranks.is_main:
+        cut = f"{share:.0%} of the completions of step {progress.step} were cut"
         console.print(
-            f"{share:.0%} of the completions of step {progress.step} were cut at max_completion_length="
-            f"{rollout.max_completion_length}; raise it, or the student never sees its own endings.",
-            style="yellow",
+            f"{cut} at {advice_on_cuts(parts.method.student.lm, rollout.max_completion_length)}", style="yellow"
         )
 
 

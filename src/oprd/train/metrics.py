@@ -18,6 +18,7 @@ from oprd.data.chat import decode
 from oprd.distributed import Ranks
 from oprd.losses.chunked import logits, logprobs_of, statistics
 from oprd.losses.divergences import entropy, shared, token_logprobs
+from oprd.models.language_model import LanguageModel
 from oprd.types import ALL_TOKENS, HiddenSpec, HiddenStates, Metric, Rollouts, Taps, TokenSelection
 
 OVERLAP_K = 16
@@ -123,6 +124,17 @@ def mass_on_stops(method: Distillation, written: Rollouts) -> str:
         for *row, n in sums.tolist()
     )
     return f"Mean probability where this step's completions end: student {student}; teacher {teacher}."
+
+
+def advice_on_cuts(lm: LanguageModel, longest: int) -> str:
+    """The limit that completions were cut at, and what may be wrong: the limit, or the tokens that end a completion."""
+    ends = ", ".join(decode(lm.tokenizer, [i], special=True) for i in lm.stop_ids)
+    whose = "either the student's or the teacher's" if lm.pair_stops else "the student's"
+    return (
+        f"max_completion_length={longest}. Look into samples.jsonl. Texts that are not done: raise it, or "
+        "the student never sees its own endings. Texts that go on behind their answer: they end it with a token that is not "
+        f"among {ends}, {whose} stop tokens; add it to eos_token_id in the student's generation_config.json."
+    )
 
 
 def logprob_difference(method: Distillation, rollouts: Rollouts) -> dict[str, float]:
