@@ -9,9 +9,9 @@ import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
+from pages import DOCS, write_or_check
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -19,7 +19,6 @@ from oprd.recipe import Recipe
 from oprd.section import Section
 from oprd.types import TokenSelection
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "recipe.md"
 HEAD = """# Recipe reference
 
 Every key of a recipe, by section. `python scripts/make_recipe_docs.py` makes this page from the classes behind
@@ -34,19 +33,9 @@ Places = Mapping[type[Section], str]
 
 
 def main(arguments: Sequence[str]) -> int:
-    page = make_page()
-    if arguments == ["--check"]:
-        current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page
-        if not current:
-            print(f"{PAGE} is not current; run `python scripts/make_recipe_docs.py`", file=sys.stderr)
-        return int(not current)
-    if arguments:
-        print(__doc__, file=sys.stderr)
-        return 2
-    PAGE.write_text(page, encoding="utf-8")
     if bare := undescribed():
         print(f"without a description: {', '.join(bare)}", file=sys.stderr)
-    return 0
+    return write_or_check(DOCS / "recipe.md", make_page(), arguments)
 
 
 def make_page() -> str:

@@ -199,6 +199,19 @@ FAMILIES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+BY_NAME = {"t5", "gemma3n_text", "minimax", "recurrent_gemma", "rwkv"}
+"""Refused before they are loaded, by `NOT_SUPPORTED` or as encoder-decoders."""
+BY_PROBE = {
+    "modernbert_decoder": (
+        "the logits", "it has a dense layer and a norm in front of its LM head; only objectives on hidden states, with "
+        "`health_tokens: 0`, can use it",
+    ),
+    "xlstm": ("reading or writing a few tokens fails", "transformers 5.23 fails to write two texts at once"),
+}  # fmt: skip
+"""Refused by the probe: what its message says, and why."""
+SUPPORTED = [name for name in FAMILIES if name not in {*BY_NAME, *BY_PROBE}]
+
+
 def make_config(name: str) -> Any:
     """The family's config in the small sizes that it knows."""
     config_name, _, settings = FAMILIES[name]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from families_tiny import FAMILIES, make_model
+from families_tiny import SUPPORTED, make_model
 from peft import LoraConfig, get_peft_model
-from test_families import BY_NAME, BY_PROBE, TOKENIZER, lm_of
+from test_families import TOKENIZER, lm_of
 
 from oprd.models.families import starts_with_block_1, without_router_losses
 from oprd.models.language_model import LanguageModel, train_mode
@@ -14,7 +14,6 @@ from oprd.objectives.oprd import OPRD
 from oprd.student import DistillModel
 from oprd.types import Batch, HiddenSpec, Taps, Targets, TokenSelection
 
-SUPPORTED = [name for name in FAMILIES if name not in {*BY_NAME, *BY_PROBE}]
 FAST = {"llama", "gemma3", "gemma4_text", "mixtral", "gpt2_dropout", "phimoe", "qwen3_5_text", "falcon_h1"}
 PROMPTS, LENGTHS = (3, 5), (9, 4)
 

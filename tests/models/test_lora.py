@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from families_tiny import make_model
+from families_tiny import SUPPORTED, make_model
 from peft import PeftModel
 from test_families import TOKENIZER
 from test_families_training import (
-    SUPPORTED,
     assert_gradients_agree,
     batch_of,
     gradients,
