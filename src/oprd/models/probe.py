@@ -1,13 +1,14 @@
 """Whether a loaded model is what we take it for: what we tap off it and let it write, against its own forward passes."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from oprd.errors import ModelError
 from oprd.losses.chunked import logits
@@ -23,6 +24,8 @@ TOLERANCE = {torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Of a token's mean absolute difference relative to its mean absolute entry; the median over tokens."""
 EIGHT_BIT = 40.0
 """Times as much for LLM.int8, which rounds activations by the batch they are in: up to 0.10 in float32, 0.15 in bfloat16."""
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
+"""What transformers raises where a family cannot do a thing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,21 +54,36 @@ def check_family(lm: LanguageModel, use: Use) -> None:
             tapped = lm.tap(batch, Taps(hidden=tuple(specs))).hidden
             deepest = _spec(max(map(lm.block_of, use.taps.hidden), default=lm.num_blocks))
             shallow = lm.tap(batch, Taps(hidden=(deepest,))).hidden[deepest]
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        except FAILURES as error:
             raise ModelError(f"{name}: reading or writing a few tokens fails: {error}") from error
     first = 0 if starts_with_block_1(core.config) else 1
-    share = EIGHT_BIT if getattr(core, "is_loaded_in_8bit", False) else 1.0
+    within = _tolerance(core)
     for at, spec in enumerate(specs):
         theirs = [out.hidden_states[-1 if spec == specs[-1] else first + at][0] for out in own]
-        _compare_rows(tapped[spec], theirs, f"{name}: the hidden states of block {spec.block}", share)
-    _compare(shallow, tapped[deepest], f"{name}: the hidden states of block {deepest.block} without deeper blocks")
+        _compare_rows(tapped[spec], theirs, f"{name}: the hidden states of block {spec.block}", within)
+    what = f"{name}: the hidden states of block {deepest.block} without deeper blocks"
+    _compare(shallow, tapped[deepest], what, within)
     if use.taps.head:
         ours = logits(tapped[specs[-1]], replace(lm.head(), stops=()))
         what = f"{name}: the logits, which objectives on hidden states with health_tokens=0 do not need,"
-        _compare_rows(ours, [out.logits[0] for out in own], what, share)
+        _compare_rows(ours, [out.logits[0] for out in own], what, within)
     for ours, theirs, length in zip(written, own, PROMPT_LENGTHS, strict=False):
         what = f"{name}: the logits of its cached generation from padded prompts"
-        _compare(ours, theirs.logits[0, length - 1 : -1], what, share)
+        _compare(ours, theirs.logits[0, length - 1 : -1], what, within)
+
+
+@torch.no_grad()
+def check_bf16(lm: LanguageModel, writer: LanguageModel, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+    """Raise ModelError unless a few tokens can be read under `autocast`, and written by the copy in bfloat16."""
+    try:
+        with evaluating(lm.model), autocast():
+            lm.tap(_batch(lm, _rows(lm, NEW)), Taps(hidden=(_spec(lm.num_blocks),)))
+        _write(writer)
+    except FAILURES as error:
+        raise ModelError(
+            f"{lm.name} ({lm.core.config.model_type}): bf16 is true, but reading or writing a few tokens in bfloat16 fails: "
+            f"{error}; set bf16: false"
+        ) from error
 
 
 def packing(lm: LanguageModel, wanted: bool) -> LanguageModel:
@@ -87,7 +105,7 @@ def packs(lm: LanguageModel) -> bool:
             packed = replace(lm, packs=True).tap(batch, Taps(hidden=(spec,))).hidden[spec]
         except TypeError:
             return False
-    return _close(packed[NEW:], alone[NEW:], 0.2)  # GPT-1 mixes rows, weakly
+    return _close(packed[NEW:], alone[NEW:], 0.2 * _tolerance(lm.core))  # GPT-1 mixes rows, weakly
 
 
 def freeze_unreached(lm: LanguageModel, taps: Taps) -> None:
@@ -152,19 +170,25 @@ def _write(lm: LanguageModel) -> tuple[list[Tensor], list[Tensor]]:
     return rows, list(torch.stack(out.logits, 1))
 
 
-def _compare_rows(ours: Tensor, theirs: Sequence[Tensor], what: str, share: float) -> None:
+def _tolerance(core: PreTrainedModel) -> float:
+    """By the weights' precision: some families give float32 logits whatever they compute in."""
+    share = EIGHT_BIT if getattr(core, "is_loaded_in_8bit", False) else 1.0
+    return min(0.4, share * TOLERANCE.get(core.dtype, 5e-3))
+
+
+def _compare_rows(ours: Tensor, theirs: Sequence[Tensor], what: str, within: float) -> None:
     """`ours`: at all completion tokens of the rows; `theirs`: at all tokens of each."""
     for part, row, length in zip(ours.split(NEW), theirs, PROMPT_LENGTHS, strict=True):
-        _compare(part, row[length:], what, share)
+        _compare(part, row[length:], what, within)
 
 
-def _compare(ours: Tensor, theirs: Tensor, what: str, share: float = 1.0) -> None:
-    if not _close(ours, theirs, share):
+def _compare(ours: Tensor, theirs: Tensor, what: str, within: float) -> None:
+    if not _close(ours, theirs, within):
         raise ModelError(f"{what} are not those of its own forward pass; this family is not supported")
 
 
-def _close(ours: Tensor, theirs: Tensor, share: float) -> bool:
+def _close(ours: Tensor, theirs: Tensor, within: float) -> bool:
     if ours.shape != theirs.shape or ours.dim() != 2:
         return False
     difference = (ours.float() - theirs.float()).abs().mean(-1) / theirs.float().abs().mean(-1)
-    return float(difference.median()) <= min(0.4, share * TOLERANCE.get(theirs.dtype, 5e-3))
+    return float(difference.median()) <= within

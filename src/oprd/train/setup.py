@@ -24,7 +24,7 @@ from oprd.errors import ConfigError, DataError
 from oprd.evaluate.benchmarks import Benchmark, load_benchmarks
 from oprd.models.language_model import FrozenModel, LanguageModel, Model, is_peft
 from oprd.models.loading import ModelFacts, frozen_copy, load_frozen, load_student, student_facts
-from oprd.models.probe import Use, check_family, packing
+from oprd.models.probe import Use, check_bf16, check_family, packing
 from oprd.objectives.base import Objective
 from oprd.progress import console
 from oprd.recipe import Recipe
@@ -247,7 +247,10 @@ def _load_student(
         frozen_copy(lm, accelerator.device, lambda: accelerator.autocast()) if needed and not is_peft(model) else None
     )
     updates = recipe.max_steps * recipe.rollout.updates_per_rollout
-    student = Student(lm, checked.objectives, accelerator, recipe, updates, _writer(recipe, lm, checked.context))
+    writer = _writer(recipe, lm, checked.context)
+    if recipe.bf16 and writer is not None:
+        check_bf16(lm, writer.lm, lambda: accelerator.autocast())
+    student = Student(lm, checked.objectives, accelerator, recipe, updates, writer)
     if needed:
         initial.attach(student, copy)
     return student
