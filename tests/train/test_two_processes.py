@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from conftest import MODELS, miniature_recipe
+from models.families_tiny import make_model
 from oprd.recipe import parse_recipe
 from oprd.train.fit_bridge import fit_bridge
 from oprd.train.run import run_recipe
@@ -137,6 +139,12 @@ EXACT = {"adam_epsilon": 1e-4, "lr_scheduler_type": "constant", "max_steps": 2}
 EFFOPD = {"validation_prompts": 4, "score": "objective", "factors": [2.0, 4.0]}
 WIDE = {"type": "local", "model": str(MODELS / "wide_teacher"), "dtype": "float32"}
 BRIDGE = {"type": "oprd_bridge", "tokens": "all", "layers": "all", "rank": 4}
+FAMILIES = {
+    "gemma3": {"type": "opd"},  # its vision tower gets no gradient
+    "opt": {"type": "oprd", "layers": [1], "tokens": "all"},  # nor does its final norm, which stands before the blocks
+    "deepseek_v32": {"type": "oprd", "tokens": "all"},  # nor do its indexers
+}
+"""Families with weights that get no gradient, for which DDP would wait, and an objective that shows it."""
 BRIDGES = {
     "bridge hidden": BRIDGE,
     "bridge reverse_kl": BRIDGE | {"layers": "last", "loss": "reverse_kl", "weight": 1.0},
@@ -176,12 +184,25 @@ def trees(tmp_path_factory, train_file, held_out_file) -> dict[str, dict[str, An
             learning_rate=1e-4,
         ),
     }
+    found["recomputed"] = found["mixture"] | {
+        "student": {"model": str(MODELS / "base"), "gradient_checkpointing": True}
+    }
+    for name, objective in FAMILIES.items():
+        student, teacher = (save_family(name, seed, folder / f"{name} {seed}") for seed in (0, 1))
+        config = {"type": "local", "model": teacher, "dtype": "float32"}
+        found[name] = recipe(unequal, student={"model": student}, teacher=config, objective=objective, **exact)
     for name, objective in BRIDGES.items():
         file = str(folder / f"{name.removesuffix('reverse_kl').removesuffix('hidden')}.safetensors")
         found[name] = recipe(unequal, teacher=WIDE, objective=objective | {"bridge": file}, **exact)
         if not Path(file).exists():
             fit_bridge(parse_recipe(found[name]))
     return found
+
+
+def save_family(name: str, seed: int, folder: Path) -> str:
+    make_model(name, seed).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODELS / "base").save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -201,8 +222,17 @@ def alone(trees, tmp_path_factory):
 def two(trees, tmp_path_factory):
     """The run of a recipe on two processes."""
     wanted = {
-        "ddp": ["mixture", "resumed", "omni", "rewrite", "bridge reverse_kl", "bridge published", "search"],
-        "fsdp2": ["mixture", "resumed", "omni", "bridge hidden", "bridge reverse_kl", "search", "in one piece"],
+        "ddp": ["mixture", "resumed", "omni", "rewrite", "bridge reverse_kl", "bridge published", "search", *FAMILIES],
+        "fsdp2": [
+            "mixture",
+            "resumed",
+            "omni",
+            "bridge hidden",
+            "bridge reverse_kl",
+            "search",
+            "in one piece",
+            "recomputed",
+        ],
     }
     done: dict[str, Launch] = {}
 
@@ -224,10 +254,12 @@ def two(trees, tmp_path_factory):
         ("ddp", "bridge reverse_kl"),
         ("fsdp2", "bridge reverse_kl"),
         ("fsdp2", "bridge hidden"),
+        ("fsdp2", "recomputed"),
+        *(("ddp", name) for name in FAMILIES),
     ],
 )
 def test_two_processes_give_the_weights_of_one(how, name, alone, two):
-    theirs, ours = alone(name), two(how, name)
+    theirs, ours = alone("mixture" if name == "recomputed" else name), two(how, name)
     assert_same_weights(saved_student(theirs), saved_student(ours))
     for a, b in zip(metrics(theirs), metrics(ours), strict=True):
         assert a["train/loss/mean"] == pytest.approx(b["train/loss/mean"], rel=1e-5)
