@@ -1,12 +1,14 @@
 """Files that survive a crash: written whole or appended line by line, and synced. YAML, read strictly."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import shutil
 import sqlite3
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,13 @@ from safetensors import SafetensorError
 
 from oprd.errors import ConfigError, DiskError, RunFolderError
 
+SUMS = "SHA256SUMS"
+"""Holds `checksums`, for `sha256sum -c` too."""
 MOST_NODES = 10_000
 """Of the values of a YAML file, those that aliases stand for included."""
 _TEXT = "tag:yaml.org,2002:str"
+_CHECKSUM = "crc32"
+"""Last key of a JSON line or file: the CRC-32 of what stands before it, which a flipped bit changes."""
 
 
 @contextlib.contextmanager
@@ -65,36 +71,70 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON line."""
+    """Append one JSON line with its checksum."""
     with writing(path), path.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+        lines.write(_with_checksum(row))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises RunFolderError if it is none."""
-    return _object(path.read_bytes(), f"{path}")
+def write_json(path: Path, row: Mapping[str, Any]) -> None:
+    """Write a JSON object with its checksum, whole."""
+    write_atomically(path, _with_checksum(row, indent=2))
 
 
-def read_jsonl(path: Path, key: str | None = None) -> list[dict[str, Any]]:
-    """All rows of a file; none if it is missing. A torn last line, from a crash or from a writer at work, is left out.
-
-    Raises RunFolderError for any other line that is not a JSON object, or lacks `key`.
-    """
-    *lines, last = path.read_bytes().rstrip().split(b"\n") if path.is_file() else [b""]
-    rows = [_object(line, f"{path}:{number}", key) for number, line in enumerate(lines, start=1)]
-    with contextlib.suppress(RunFolderError):
-        rows.append(_object(last, f"{path}", key))
-    return rows
-
-
-def _object(text: bytes, where: str, key: str | None = None) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:  # not JSON, or not even UTF-8: a torn line may end inside a character
-        raise RunFolderError(f"{where}: not JSON: {error}; the file is damaged") from error
-    if not isinstance(found, dict) or key not in {None, *found}:
-        raise RunFolderError(f"{where}: not an object{f' with {key!r}' if key else ''}; the file is damaged")
+def read_json(path: Path, remedy: str = "restore it from a copy") -> dict[str, Any]:
+    """What `write_json` wrote. Raises RunFolderError if it is damaged or missing."""
+    found = parse_json(path.read_bytes()) if path.is_file() else None
+    if found is None:
+        raise RunFolderError(f"{path} is damaged, missing, or of another version of oprd; {remedy}")
     return found
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """`iterate_jsonl` as a list."""
+    return list(iterate_jsonl(path))
+
+
+def iterate_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows that `append_jsonl` wrote; none if the file is missing. A torn last line, from a crash or from a writer at
+    work, is left out. Raises RunFolderError for any other damaged line."""
+    if path.is_file():
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if (row := parse_json(line)) is not None:
+                    yield row
+                elif line.endswith(b"\n"):
+                    raise RunFolderError(
+                        f"{path}:{number} is damaged, or of another version of oprd; restore it, or delete the line"
+                    )
+
+
+def parse_json(text: bytes) -> dict[str, Any] | None:
+    """The object in a line or a file of this module; None if it is torn or differs from its checksum."""
+    content, _, end = text.rpartition(f'"{_CHECKSUM}": "'.encode())
+    if not end.endswith(b"\n") or end[:8] != f"{zlib.crc32(content):08x}".encode():
+        return None
+    try:
+        row = json.loads(text)
+    except ValueError:
+        return None
+    del row[_CHECKSUM]
+    return row
+
+
+def _with_checksum(row: Mapping[str, Any], indent: int | None = None) -> str:
+    content, key, end = json.dumps({**row, _CHECKSUM: ""}, ensure_ascii=False, indent=indent).rpartition(
+        f'"{_CHECKSUM}": "'
+    )
+    return f"{content}{key}{zlib.crc32(content.encode()):08x}{end}\n"
+
+
+def checksums(folder: Path, names: Iterable[str]) -> list[str]:
+    """A line with the SHA-256 of each of these files, as `sha256sum` writes it; none for what is no file."""
+    lines: list[str] = []
+    for name in names:
+        with contextlib.suppress(OSError), (folder / name).open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+    return lines
 
 
 def sync_folder(folder: Path) -> None:

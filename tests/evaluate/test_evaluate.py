@@ -17,6 +17,7 @@ from oprd.rollout.base import RolloutEngine
 from oprd.types import Rollouts
 from oprd.verify.judge import judge
 from oprd.verify.pool import Verdict, VerifierPool
+from train.runs import read_lines
 
 
 class Sure(RolloutEngine):
@@ -69,7 +70,7 @@ def test_scores_files_and_seeds_by_hand(evaluator, tmp_path):
     # 8 // 2 = 4 problems a call; the seed of a call is that of its first problem
     assert evaluator.engine.calls == [(8, 3_000_009), (8, 3_000_013), (8, 3_000_017)]
     assert read_jsonl(tmp_path / "log.jsonl") == [{"step": 5, "training_seconds": 1.5} | asdict(result)]
-    rows = read_jsonl(tmp_path / "done" / "held_out.jsonl")
+    rows = read_lines(tmp_path / "done" / "held_out.jsonl")
     assert [(row["row"], row["completion"], row["correct"]) for row in rows[:4]] == [
         (0, "0", False), (0, "0", False), (1, "1", True), (1, "1", True)
     ]  # fmt: skip
@@ -109,7 +110,7 @@ def test_a_saved_model_is_scored_once_per_folder(held_out_file, tmp_path):
     (row,) = read_jsonl(tmp_path / "evaluations.jsonl")
     assert Evaluation.from_row(row) == result
     assert result.avg_at_k >= 0.5
-    assert len(read_jsonl(tmp_path / "held_out.jsonl")) == 8
+    assert len(read_lines(tmp_path / "held_out.jsonl")) == 8
     with pytest.raises(ConfigError, match="holds an evaluation already"):
         evaluate_model("no model", config, out=tmp_path)
 

@@ -46,7 +46,7 @@ def tree(tmp_path_factory, train_file, held_out_file):
 
 
 MOMENTS = {
-    "run.json": (run_folder, "write_atomically", 1, 0),
+    "run.json": (run_folder, "write_json", 1, 0),
     "recipe.yaml": (run_folder, "write_atomically", 1, 0),
     "searches.jsonl": (loop, "append_jsonl", 1, 0),
     "metrics.jsonl": (loop, "append_jsonl", 2, 1500),
@@ -57,7 +57,7 @@ MOMENTS = {
     "the student": (student, "get_model_state_dict", 1, 50_000),
     "completions of the evaluation": (loop, "_evaluate", 1, 0),
     "evaluations.jsonl": (evaluate, "append_jsonl", 1, 100),
-    "result.json": (loop, "write_atomically", 1, 0),
+    "result.json": (loop, "write_json", 1, 0),
 }
 """Where the disk fills up: what is called (for a file of this name), the number of the call, the bytes there is room for."""
 

@@ -1,6 +1,5 @@
 """Nothing is lost: a run that was stopped, killed or interrupted goes on as if it had not been."""
 
-import json
 import os
 import shutil
 import signal
@@ -16,7 +15,7 @@ import yaml
 from conftest import miniature_recipe
 from oprd.algorithm import Distillation
 from oprd.errors import Interrupted, RunFolderError
-from oprd.files import read_jsonl
+from oprd.files import append_jsonl, read_jsonl
 from oprd.recipe import parse_recipe
 from oprd.train import checkpoint, loop
 from oprd.train.checkpoint import load_weights
@@ -230,11 +229,15 @@ def test_a_folder_in_use_is_refused_naming_the_process_that_has_it(tree, tmp_pat
 
 def test_lines_of_a_log_end_at_newlines_only(tmp_path):
     folder = RunFolder(tmp_path)
-    rows = [{"step": 1, "completion": "1+\u20285\u2028\u0085"}, {"step": 2, "completion": "x"}]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    folder.samples.write_bytes(text.encode() + '{"step": 3, "completion": "né'.encode()[:-1])
-    folder.cut_after(1)
-    assert read_jsonl(folder.samples) == rows[:1]
+    rows = [{"step": 1, "completion": "1+\u20285\u2028\u0085"}, {"step": 2, "completion": "né"}]
+    for row in rows:
+        append_jsonl(folder.samples, row)
+    whole = folder.samples.read_bytes()
+    first = whole.index(b"\n") + 1
+    for end in (len(whole), whole.index("é".encode()) + 1):
+        folder.samples.write_bytes(whole[:end])
+        assert folder.logs_until(1, {}) == {folder.samples: first}
+        assert read_jsonl(folder.samples) == rows[: 1 + (end == len(whole))]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])

@@ -77,7 +77,7 @@ class Evaluator:
     def run(self, log: Path, completions: Path, facts: Mapping[str, Any]) -> tuple[Evaluation, ...]:
         """Every benchmark. Appends a line to `log` for each, with `facts` (the step and what it cost), and writes
         COMPLETIONS/NAME.jsonl. What `log` has for this step already is not computed again."""
-        known = {row["benchmark"]: row for row in read_jsonl(log, "step") if row["step"] == facts["step"]}
+        known = {row["benchmark"]: row for row in read_jsonl(log) if row["step"] == facts["step"]}
         results = []
         with self.engine.session():
             for benchmark in self.benchmarks:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from oprd.errors import DataError, ModelError
+from oprd.files import SUMS, checksums
 from oprd.models.families import auto_class
 
 MOST_SHOWN = 400
@@ -64,7 +65,7 @@ def read_generation_config(model: str) -> GenerationConfig | None:
 
 
 def check_files(model: str) -> None:
-    """Raise ModelError for a folder that lacks a file of weights, or has one that is cut; only headers are read."""
+    """Raise ModelError for a folder that lacks a file of weights, has one that is cut, or differs from its checksums."""
     for name, stem in {model: "adapter_model", base_of(model): "model"}.items():
         whole, index = Path(name, f"{stem}.safetensors"), Path(name, f"{stem}.safetensors.index.json")
         if not Path(name).is_dir():
@@ -79,6 +80,12 @@ def check_files(model: str) -> None:
             for shard in sorted(set(shards)):
                 with safe_open(Path(name, shard), "pt"):
                     pass
+            listed = Path(name, SUMS).read_text("utf-8").splitlines(keepends=True) if Path(name, SUMS).exists() else []
+            if changed := sorted(set(listed) - set(checksums(Path(name), [line[66:-1] for line in listed]))):
+                raise ModelError(
+                    f"{name}: {changed[0][66:-1] or SUMS} was damaged or changed since it was saved. Save or copy the model "
+                    f"again; if you changed it yourself, delete {SUMS}"
+                )
 
 
 @contextmanager

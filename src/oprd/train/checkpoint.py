@@ -6,11 +6,10 @@ small and a run may resume on another number of ranks. Nothing is pickled. SHA25
 """
 
 import contextlib
-import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,10 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from oprd.distributed import Ranks
 from oprd.errors import DiskError, RunFolderError
-from oprd.files import delete, sync_folder, write_atomically, writing
+from oprd.files import SUMS, checksums, delete, sync_folder, write_atomically, writing
 from oprd.progress import console
 from oprd.student import Student
 
-SUMS = "SHA256SUMS"
 _NAME = re.compile(r"step-(\d{6,})")
 _STUDENT = "student."
 """Prefix of a student's weight in a checkpoint."""
@@ -43,19 +41,22 @@ def save_checkpoint(
     step: int,
     student: Student,
     ranks: Ranks,
-    state: dict[str, Any],
+    state: Callable[[], dict[str, Any]],
     tensors: dict[str, Tensor],
     keep: int,
 ) -> None:
-    """Store trained weights, optimizer, `tensors` (DTensors by shards) and `state` after `step` steps; delete all but the
-    newest `keep` checkpoints. A step that is stored already stays as it is."""
+    """Store trained weights, optimizer, `tensors` (DTensors by shards) and what `state` gives on the main rank after `step`
+    steps; delete all but the newest `keep` checkpoints. A step that is stored already stays as it is."""
     aside, final = folder / f".step-{step:06d}.tmp", folder / f"step-{step:06d}"
     if ranks.any_rank(ranks.is_main and (final / SUMS).is_file()):
         return
     stored = {name: value.detach().contiguous() for name, value in (_in_use(student) | tensors).items()}
     ends = accumulate(value.nbytes for value in stored.values())
     files = {name: 1 + end // _FILE_BYTES for name, end in zip(stored, ends, strict=True)}
-    state = {"step": step, "scheduler": student.scheduler.state_dict()} | state
+
+    def write_state() -> None:
+        stored = {"step": step, "scheduler": student.scheduler.state_dict()} | state()
+        write_atomically(aside / "state.json", json.dumps(stored, indent=2))
 
     def begin() -> None:
         delete(aside)
@@ -74,7 +75,7 @@ def save_checkpoint(
             with _plain_errors():
                 writer = HuggingFaceStorageWriter(str(aside), files, save_distributed=True)
                 save(stored, storage_writer=writer, no_dist=ranks.size == 1)
-            ranks.on_main(lambda: write_atomically(aside / "state.json", json.dumps(state, indent=2)))
+            ranks.on_main(write_state)
             sums = _sums(aside, ranks)
             ranks.on_main(end)
     except DiskError:
@@ -194,11 +195,8 @@ def _fault(path: Path, ranks: Ranks) -> str | None:
 def _sums(path: Path, ranks: Ranks) -> str:
     """A line with the SHA-256 of every file of a checkpoint, on every rank; each reads its share."""
     names = sorted(file.name for file in path.iterdir() if file.name != SUMS)
-    lines: list[str] = []
-    for name in names[ranks.rank :: ranks.size]:
-        with contextlib.suppress(OSError), (path / name).open("rb") as file:
-            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
-    return "".join(sorted(ranks.gather_objects(lines), key=lambda line: line[66:]))
+    lines = ranks.gather_objects(checksums(path, names[ranks.rank :: ranks.size]))
+    return "".join(sorted(lines, key=lambda line: line[66:]))
 
 
 def _trained(student: Student) -> dict[str, Tensor]:

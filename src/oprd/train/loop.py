@@ -1,20 +1,21 @@
 """The loop: steps of the method, and around them extrapolation, metrics, evaluations and checkpoints."""
 
 import contextlib
-import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import torch
 
 from oprd.algorithm import Update, mean_update
 from oprd.clock import Clock, peak_memory_gib
-from oprd.errors import Interrupted, RunFolderError, ServerError, TrainingStopped
+from oprd.errors import Interrupted, ServerError, TrainingStopped
 from oprd.evaluate.evaluate import Evaluation, Evaluator
-from oprd.files import append_jsonl, read_json, write_atomically
+from oprd.files import append_jsonl, read_json, write_json
 from oprd.progress import Bar, console, progress_bar
 from oprd.recipe import recipe_to_yaml
 from oprd.seeds import derive_seed
@@ -49,6 +50,13 @@ class Result:
     evaluations: tuple[Evaluation, ...]
     """The last of each benchmark."""
 
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Of an earlier start. Raises RunFolderError if the file is damaged."""
+        stored = read_json(file, remedy="delete it, and the run ends again from its last step")
+        stored["evaluations"] = tuple(map(Evaluation.from_row, stored["evaluations"]))
+        return cls(**stored)
+
 
 @dataclass(kw_only=True)
 class Progress:
@@ -72,9 +80,11 @@ def train(parts: Parts) -> Result:
     user asked to stop.
     """
     recipe, ranks, done = parts.recipe, parts.ranks, parts.folder.path / "result.json"
-    if recipe.resume_from_checkpoint is not None and done.is_file() and _read_result(done).steps >= recipe.max_steps:
-        console.print(f"{parts.folder.path} is finished already; nothing to do.")
-        return _read_result(done)
+    if recipe.resume_from_checkpoint is not None and done.is_file():
+        result = Result.read(done)
+        if result.steps >= recipe.max_steps:
+            console.print(f"{parts.folder.path} is finished already; nothing to do.")
+            return result
     with contextlib.ExitStack() as stack:
         stack.callback(parts.folder.release)
         progress = _start(parts)
@@ -104,7 +114,7 @@ def train(parts: Parts) -> Result:
     )
     if ranks.is_main:
         write_card(parts, evaluations)
-        write_atomically(done, json.dumps(asdict(result), indent=2))
+        write_json(done, asdict(result))
     if recipe.report_to:
         parts.accelerator.end_training()
     ranks.wait()
@@ -127,19 +137,21 @@ def _rescue(parts: Parts, progress: Progress) -> Iterator[None]:
     except Interrupted:
         raise
     except Exception as error:
-        step, folder = f"step-{progress.step:06d}", parts.folder.checkpoints
         # of several ranks only these errors are known to be raised by all
-        together = parts.ranks.size == 1 or isinstance(error, TrainingStopped)
-        if together and progress.step and parts.method.student.between_steps and not (folder / step).exists():
+        stopped = isinstance(error, ServerError | TrainingStopped)
+        if (stopped or parts.ranks.size == 1) and progress.step and parts.method.student.between_steps:
             try:
                 _save(parts, progress)
-                console.print(f"The error below came after step {progress.step}, which was saved.", highlight=False)
             except Exception as also:
-                console.print(f"Step {progress.step} could not be saved ({also}).", markup=False, highlight=False)
-        saved = checkpoints(folder)
-        last = f"The last checkpoint is {saved[-1]}." if saved else "There is no checkpoint yet."
-        console.print(last, markup=False, highlight=False)
-        raise
+                console.print(f"Step {progress.step} could not be saved ({also}).")
+        saved = checkpoints(parts.folder.checkpoints)
+        if not stopped or not saved:
+            console.print(f"The last checkpoint is {saved[-1]}." if saved else "There is no checkpoint yet.")
+            raise
+        raise TrainingStopped(
+            f"{str(error).rstrip('.')}. Stopped before step {progress.step + 1}; a checkpoint is in {saved[-1]}. "
+            "Go on with resume_from_checkpoint=latest"
+        ) from error
 
 
 def _step(parts: Parts, progress: Progress, bar: Bar) -> None:
@@ -147,8 +159,11 @@ def _step(parts: Parts, progress: Progress, bar: Bar) -> None:
     recipe, method, step = parts.recipe, parts.method, progress.step + 1
     start, clock = time.perf_counter(), Clock(parts.ranks.device)
     with clock.section("rollout"):
-        written, rollouts = _collect(parts, progress)
-        compared = _compared(parts, progress, written)
+        sampling = recipe.rollout.sampling(
+            samples=recipe.rollout.group_size, max_new_tokens=recipe.rollout.length_at(step)
+        )
+        written, rollouts = method.collect(parts.sampler.batch(step - 1), sampling, step)
+        compared = _compared(parts, written)
     told = step == 1 and recipe.health_tokens and method.student.lm.pair_stops
     if told and (note := mass_on_stops(method, written)) and parts.ranks.is_main:
         console.print(note)
@@ -176,46 +191,21 @@ def _step(parts: Parts, progress: Progress, bar: Bar) -> None:
         raise TrainingStopped(
             f"{progress.skipped_in_a_row} steps in a row had a non-finite loss or gradient, or nothing to learn on (losses "
             f"{[round(x, 4) for x in update.losses]}, gradient norm {update.grad_norm}); the last is step {step}. "
-            f"Lower learning_rate ({recipe.learning_rate}), or look at {parts.folder.samples}. "
-            f"Checkpoints in {parts.folder.checkpoints} are from before"
+            f"Lower learning_rate ({recipe.learning_rate}), or look at {parts.folder.samples}"
         )
 
 
-def _collect(parts: Parts, progress: Progress) -> tuple[Rollouts, Rollouts]:
-    """The step's rollouts. When what a rank waits for gives out, all save what was learned so far and stop."""
-    rollout, step = parts.recipe.rollout, progress.step + 1
-    sampling = rollout.sampling(samples=rollout.group_size, max_new_tokens=rollout.length_at(step))
-    error: ServerError | None = None
-    try:
-        both = parts.method.collect(parts.sampler.batch(step - 1), sampling, step)
-    except ServerError as caught:
-        error = caught
-    if not parts.ranks.any_rank(error is not None):
-        return both
-    raise _stopped(parts, progress, str(error or "what another rank waits for gave out; its message says why"))
-
-
-def _stopped(parts: Parts, progress: Progress, reason: str) -> TrainingStopped:
-    """Save what was learned so far, on every rank; the error that ends the run before its next step."""
-    _save(parts, progress)
-    return TrainingStopped(
-        f"{reason.rstrip('.')}. Stopped before step {progress.step + 1}; a checkpoint is in {parts.folder.checkpoints}. "
-        "Go on with resume_from_checkpoint=latest"
-    )
-
-
-def _compared(parts: Parts, progress: Progress, written: Rollouts) -> dict[str, float]:
+def _compared(parts: Parts, written: Rollouts) -> dict[str, float]:
     """How far the engine's log-probabilities are from the student's own. Too far, the run stops: it would learn from texts
     of another model, with a loss that looks right."""
     found, most = logprob_difference(parts.method, written), parts.engine.max_logprob_difference
     for difference in found.values():
         if not difference <= most:
-            raise _stopped(
-                parts, progress,
+            raise TrainingStopped(
                 f"the log-probabilities of the sampled tokens differ by {difference:.3g} nats on average between the rollout "
                 f"engine and the student, more than rollout.engine.max_logprob_difference={most:g}: the student's weights did "
-                "not reach the engine, or it computes with another precision or another model",
-            )  # fmt: skip
+                "not reach the engine, or it computes with another precision or another model"
+            )
     return found
 
 
@@ -304,22 +294,26 @@ def _evaluate(parts: Parts, progress: Progress, stop: Callable[[], None]) -> tup
 
 def _start(parts: Parts) -> Progress:
     """Create the folder, or go back to the checkpoint that the recipe asks for."""
-    recipe, folder, ranks = parts.recipe, parts.folder, parts.ranks
-    method = parts.method
-    facts = {"stop_ids": method.student.lm.stop_ids, "prompts": parts.prompts.digest(recipe.seed)}
-    ranks.on_main(lambda: folder.create(recipe, facts, {o.name: o.summary() for o in method.student.objectives}))
-    progress, asked = Progress(), recipe.resume_from_checkpoint
-    found = whole_checkpoint(folder.checkpoints, asked, ranks) if asked is not None else None
-    if found is not None:
-        stored = load_checkpoint(found, parts.method.student, ranks, _tensors(parts))
-        progress = Progress(**stored["progress"])
-    ranks.wait()
-    if ranks.is_main and asked is not None:
-        # checkpoints first: killed in between, the run goes on from the step whose lines it has
-        forget_after(folder.checkpoints, progress.step)
-        folder.cut_after(progress.step)
+    recipe, folder, ranks, student = parts.recipe, parts.folder, parts.ranks, parts.method.student
+    facts = {"stop_ids": student.lm.stop_ids, "prompts": parts.prompts.digest(recipe.seed)}
+    ranks.on_main(lambda: folder.create(recipe, facts, {o.name: o.summary() for o in student.objectives}))
+    progress, logs, asked = Progress(), dict[str, int](), recipe.resume_from_checkpoint
+    if asked is not None:
+        found = whole_checkpoint(folder.checkpoints, asked, ranks)
         if found is not None:
-            console.print(f"{folder.path}: going on after step {progress.step}.", highlight=False)
+            stored = load_checkpoint(found, student, ranks, _tensors(parts))
+            progress, logs = Progress(**stored["progress"]), stored["logs"]
+            if ranks.is_main:
+                console.print(f"{folder.path}: going on after step {progress.step}.")
+
+        def forget() -> None:
+            kept = folder.logs_until(progress.step, logs)
+            # checkpoints first: killed in between, the run goes on from the step whose lines it has
+            forget_after(folder.checkpoints, progress.step)
+            for file, size in kept.items():
+                os.truncate(file, size)
+
+        ranks.on_main(forget)
     if recipe.report_to:
         parts.accelerator.init_trackers("oprd", config={"recipe": recipe_to_yaml(recipe)})
     ranks.wait()
@@ -329,21 +323,11 @@ def _start(parts: Parts) -> Progress:
 def _save(parts: Parts, progress: Progress) -> None:
     save_checkpoint(
         parts.folder.checkpoints, progress.step, parts.method.student, parts.ranks,
-        state={"progress": asdict(progress)}, tensors=_tensors(parts), keep=parts.recipe.save_total_limit,
+        state=lambda: {"progress": asdict(progress), "logs": parts.folder.sync_logs()},
+        tensors=_tensors(parts), keep=parts.recipe.save_total_limit,
     )  # fmt: skip
 
 
 def _tensors(parts: Parts) -> dict[str, torch.Tensor]:
     """What a checkpoint holds beside weights and optimizer."""
     return parts.extrapolation.state() if parts.extrapolation is not None else {}
-
-
-def _read_result(file: Path) -> Result:
-    stored = read_json(file)
-    try:
-        evaluations = tuple(map(Evaluation.from_row, stored.pop("evaluations")))
-        return Result(**stored, evaluations=evaluations)
-    except (KeyError, TypeError) as error:
-        raise RunFolderError(
-            f"{file} is damaged ({error}); delete it, and the run ends again from its last step"
-        ) from None

@@ -1,16 +1,18 @@
 """The folder of a run: what was asked, on what machine, what happened.
 
-recipe.yaml     the resolved recipe              metrics.jsonl     one line a step
-run.json        versions, commit, machine        samples.jsonl     some completions
+recipe.yaml     the resolved recipe, to be used  metrics.jsonl     one line a step
+run.json        recipe, versions, machine        samples.jsonl     some completions
 checkpoints/    to resume from                   evaluations.jsonl one line per evaluation and benchmark
 student/        the trained student              evaluations/      every completion with its verdict
                                                  searches.jsonl    one line per search of the extrapolation
 teacher_cache.sqlite  what a server answered, and what it cost
 engine/         weights on their way to vLLM, and its log
+
+Every line of a log and every JSON file ends with a checksum of itself.
 """
 
 import fcntl
-import json
+import math
 import os
 import platform
 import shutil
@@ -19,6 +21,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,14 +29,17 @@ import psutil
 import torch
 
 from oprd.errors import RunFolderError
-from oprd.files import read_json, read_jsonl, write_atomically, writing
-from oprd.recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_yaml
+from oprd.files import parse_json, read_json, sync_folder, write_atomically, write_json, writing
+from oprd.progress import console
+from oprd.recipe import Recipe, parse_recipe, recipe_to_dict, recipe_to_yaml
 
 MAY_CHANGE = (
     "output_dir", "resume_from_checkpoint", "logging_steps", "health_tokens", "save_steps", "save_total_limit", "eval_steps",
     "evaluation", "report_to", "max_skipped_steps", "micro_batch_tokens", "rollout.engine",
 )  # fmt: skip
 """Recipe keys that may differ on resume. None changes the method; the last two change the order of sums and of draws."""
+BEYOND = {"step": math.inf}
+"""In place of a torn line."""
 LOCK = ".lock"
 """Held while a run goes; says by whom."""
 PACKAGES = ("oprd", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "math-verify")
@@ -46,6 +52,7 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.student = self.path / "student"
+        self.record = self.path / "run.json"
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"
@@ -62,23 +69,20 @@ class RunFolder:
         if (self.path / LOCK).is_file():
             self._locked(fcntl.LOCK_SH).close()  # shared, because every rank looks
         resuming = recipe.resume_from_checkpoint is not None
-        known = self.path / "recipe.yaml"
-        if known.is_file():
+        if (self.path / "recipe.yaml").is_file():  # written after run.json
             if not resuming:
                 raise RunFolderError(
                     f"{self.path} holds another run; choose another output_dir, delete it, "
                     "or continue it with resume_from_checkpoint=latest"
                 )
-            self._check_same(recipe, load_recipe(known))
+            self._check_same(recipe, parse_recipe(read_json(self.record)["recipe"]))
         elif self.path.exists() and (not self.path.is_dir() or self._holds_other_things()):
             raise RunFolderError(f"{self.path} exists and is not a run folder; choose another output_dir")
         self._check_writable(needed_gib)
 
     def check_prompts(self, digest: str) -> None:
         """Raise RunFolderError if this run began with other prompts."""
-        record = self.path / "run.json"
-        begun = read_json(record).get("prompts") if record.is_file() else None
-        if begun not in {None, digest}:
+        if self.record.is_file() and read_json(self.record)["prompts"] != digest:
             raise RunFolderError(
                 f"{self.path} began with other prompts: the dataset or the chat template has changed since. Bring them back, "
                 "or choose another output_dir"
@@ -90,20 +94,45 @@ class RunFolder:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self.hold()
-        if not (self.path / "run.json").exists():
-            write_atomically(self.path / "run.json", json.dumps({**describe_machine(), **facts}, indent=2))
+        if not self.record.exists():
+            write_json(self.record, {**describe_machine(), **facts, "recipe": recipe_to_dict(recipe)})
         if not (self.path / "recipe.yaml").exists():
             write_atomically(self.path / "recipe.yaml", recipe_to_yaml(recipe))
-        if any(summaries.values()):
-            kept = {name: summary for name, summary in summaries.items() if summary}
-            write_atomically(self.path / "objectives.json", json.dumps(kept))
+        if kept := {name: summary for name, summary in summaries.items() if summary}:
+            write_json(self.path / "objectives.json", kept)
 
-    def cut_after(self, step: int) -> None:
-        """Forget the lines of steps after `step`: a resumed run writes them again. A torn last line goes as well."""
-        for file in (self.metrics, self.samples, self.evaluations, self.searches):
+    def sync_logs(self) -> dict[str, int]:
+        """Make the logs durable before a checkpoint refers to them; the bytes of each by name."""
+        with writing(self.path):
+            sync_folder(self.path)
+        return {file.name: file.stat().st_size for file in self._logs if file.is_file()}
+
+    def logs_until(self, step: int, synced: Mapping[str, int]) -> dict[Path, int]:
+        """The bytes of each log that are whole lines of steps up to `step`.
+
+        Raises RunFolderError if a line is lost or damaged that was there when the checkpoint was written: `synced` is what
+        `sync_logs` said then. A log that was deleted is given up, with a warning.
+        """
+        ends = dict[Path, int]()
+        for file in self._logs:
+            least = synced.get(file.name, 0)
             if file.exists():
-                kept = [row for row in read_jsonl(file, "step") if row["step"] <= step]
-                write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+                with writing(file), file.open("rb") as lines:
+                    ends[file] = sum(
+                        map(len, takewhile(lambda line: (parse_json(line) or BEYOND)["step"] <= step, lines))
+                    )
+                if ends[file] < least:
+                    raise RunFolderError(
+                        f"{file} is damaged: the line behind byte {ends[file]} is torn, changed or missing, and the checkpoint "
+                        f"of step {step} was written after it. Restore the file, or delete it to go on without its lines"
+                    )
+            elif least:
+                console.print(f"{file} is gone; it starts anew after step {step}.", style="yellow")
+        return ends
+
+    @property
+    def _logs(self) -> tuple[Path, ...]:
+        return self.metrics, self.samples, self.evaluations, self.searches
 
     def _check_same(self, recipe: Recipe, earlier: Recipe) -> None:
         free = _may_change(recipe) & _may_change(earlier)

@@ -10,14 +10,16 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from oprd.evaluate.evaluate import Evaluation
-from oprd.files import replacing, write_atomically
+from oprd.files import SUMS, checksums, replacing, write_atomically
 from oprd.models.language_model import LanguageModel, is_peft
 from oprd.recipe import Recipe, recipe_to_yaml
 from oprd.train.setup import Parts
 
+CARD = "README.md"
+
 
 def save_student(parts: Parts) -> None:
-    """Write weights (an adapter for a LoRA student), tokenizer, generation config and a card. Called on every rank."""
+    """Write weights (an adapter for a LoRA student), tokenizer, generation config, their checksums and a card. Called on every rank."""
     student = parts.method.student
     named = student.weights()
     if not parts.ranks.is_main:
@@ -33,6 +35,8 @@ def save_student(parts: Parts) -> None:
             config = copy.deepcopy(lm.core.config)
             config.dtype = dtype
             config.save_pretrained(folder)
+        names = sorted(path.name for path in folder.iterdir() if path.name != CARD)
+        (folder / SUMS).write_text("".join(checksums(folder, names)))
     write_card(parts, ())
 
 
@@ -68,7 +72,7 @@ def generation_config(lm: LanguageModel) -> GenerationConfig:
 def write_card(parts: Parts, evaluations: Sequence[Evaluation]) -> None:
     """Write the student's README.md, with what was measured."""
     card = model_card(parts.method.student.lm, parts.folder.path.name, parts.recipe, evaluations)
-    write_atomically(parts.folder.student / "README.md", card)
+    write_atomically(parts.folder.student / CARD, card)
 
 
 def model_card(lm: LanguageModel, name: str, recipe: Recipe, evaluations: Sequence[Evaluation]) -> str:
