@@ -1,29 +1,38 @@
 """The page says what the files say, and nothing more."""
 
 import json
+import math
+import random
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from oprd.errors import RunFolderError
-from oprd.report.html import write_report
+from oprd.files import append_jsonl, write_json
+from oprd.report.html import MOST_POINTS, Curve, write_report
+
+RECIPE = {
+    "student": {"model": "models/small"},
+    "teacher": {"type": "local", "model": "models/big"},
+    "objective": [{"type": "oprd"}],
+    "max_steps": 9,
+}
 
 
-def make_run(folder: Path, *, steps: int = 3, torn: bool = False) -> Path:
-    folder.mkdir(parents=True)
-    folder.joinpath("recipe.yaml").write_text(
-        "student: {model: models/small}\nteacher: {type: local, model: models/big}\nobjective: {type: oprd}\nmax_steps: 9\n"
-    )
-    folder.joinpath("run.json").write_text("{}")
+def make_run(folder: Path, *, steps: int = 3, torn: bool = False, **recipe) -> Path:
+    write_json(folder / "run.json", {"recipe": RECIPE | recipe})
     rows = [
         {"step": i, "train/oprd/mean": 1.0 / i, "time/rollout_s/sum": 30.0, "time/update_s/sum": 30.0, "memory/peak_gib/max": 1.25,
          "training_seconds/total": 60.0 * i,
          "rollout/truncated/share": 0.25, "train/skipped_steps/total": 2, "health/cosine_block_01/mean": 0.5}
         for i in range(1, steps + 1)
     ]  # fmt: skip
-    text = "".join(json.dumps(row) + "\n" for row in rows) + ('{"step": 99, "tr' if torn else "")
-    folder.joinpath("metrics.jsonl").write_text(text)
+    write_log(folder / "metrics.jsonl", rows)
+    if torn:
+        with (folder / "metrics.jsonl").open("a") as lines:
+            lines.write('{"step": 99, "tr')
     score = {
         "step": 3,
         "training_seconds": 180.0,
@@ -34,10 +43,16 @@ def make_run(folder: Path, *, steps: int = 3, torn: bool = False) -> Path:
         "avg_at_k_low": 0.4,
         "avg_at_k_high": 0.5,
     }
-    folder.joinpath("evaluations.jsonl").write_text(json.dumps(score) + "\n")
+    write_log(folder / "evaluations.jsonl", [score])
     sample = {"step": 1, "prompt": "2+2", "completion": "<script>alert(1)</script> & 4", "finished": False, "length": 7}
-    folder.joinpath("samples.jsonl").write_text(json.dumps(sample) + "\n")
+    write_log(folder / "samples.jsonl", [sample])
     return folder
+
+
+def write_log(file: Path, rows: Iterable[dict]) -> None:
+    file.unlink(missing_ok=True)
+    for row in rows:
+        append_jsonl(file, row)
 
 
 def table_of(page: str) -> str:
@@ -87,8 +102,7 @@ def test_a_run_that_is_still_going_is_shown_as_far_as_it_has_come(tmp_path):
     page = write_report([make_run(tmp_path / "one", torn=True)], tmp_path / "r.html").read_text()
     assert "3 of 9" in table_of(page)
     empty = tmp_path / "empty"
-    empty.mkdir()
-    (empty / "recipe.yaml").write_text("max_steps: 5\n")
+    write_json(empty / "run.json", {"recipe": RECIPE | {"max_steps": 5}})
     page = write_report([empty], tmp_path / "e.html").read_text()
     assert "0 of 5" in table_of(page)
     assert "No step has been logged yet." in page
@@ -102,7 +116,7 @@ def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
 def test_every_metric_is_drawn_whatever_its_name(tmp_path):
     run = make_run(tmp_path / "one")
     rows = [{"step": step, "train/new_loss_1/mean": 0.5, "invented/number": 1000.0**step} for step in (1, 2)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_log(run / "metrics.jsonl", rows)
     page = write_report([run], tmp_path / "r.html").read_text()
     assert re.findall(r"<h3>(.*)</h3>", page) == ["Accuracy", "train", "invented"]
     titles = {figure["layout"]["title"]["text"]: figure for figure in figures_of(page)}
@@ -115,7 +129,7 @@ def test_a_metric_by_block_is_drawn_against_the_block_at_the_first_and_the_last_
     run = make_run(tmp_path / "one")
     rows = [{"step": s, **{f"health/cosine_block_{b:02d}/mean": b / s for b in (1, 2, 10)}} for s in (1, 2, 4)]
     rows.append({"step": 5})
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_log(run / "metrics.jsonl", rows)
     page = write_report([run], tmp_path / "r.html").read_text()
     (figure,) = [f for f in figures_of(page) if f["layout"]["title"]["text"] == "health/cosine/mean by block"]
     assert [(curve["name"], curve["x"], curve["y"]) for curve in figure["data"]] == [
@@ -127,9 +141,9 @@ def test_a_metric_by_block_is_drawn_against_the_block_at_the_first_and_the_last_
 def test_searches_and_a_bridge_are_drawn_where_a_run_has_them(tmp_path):
     run = make_run(tmp_path / "one")
     assert "Searches: factor accepted" not in write_report([run], tmp_path / "r.html").read_text()
-    (run / "searches.jsonl").write_text(json.dumps({"step": 2, "accepted": 6.0, "score": 0.4}) + "\n")
+    write_log(run / "searches.jsonl", [{"step": 2, "accepted": 6.0, "score": 0.4}])
     curves = {"teacher_block": 8, "cosine": [0.9, 0.8], "canonical": [0.7, 0.4], "rank": 2}
-    (run / "objectives.json").write_text(json.dumps({"oprd_bridge": {"4": curves}}))
+    write_json(run / "objectives.json", {"oprd_bridge": {"4": curves}})
     page = write_report([run], tmp_path / "r.html").read_text()
     titles = {figure["layout"]["title"]["text"]: figure for figure in figures_of(page)}
     assert titles["Searches: factor accepted (0: plain update)"]["data"][0]["y"] == [6.0]
@@ -138,9 +152,64 @@ def test_searches_and_a_bridge_are_drawn_where_a_run_has_them(tmp_path):
 
 
 def test_the_terms_of_a_sum_are_named_in_the_table(tmp_path):
-    run = make_run(tmp_path / "one")
-    recipe = "teacher: {type: server}\nobjective: [{type: oprd}, {type: opd_sampled, weight: 0.1}]\nmax_steps: 9\n"
-    (run / "recipe.yaml").write_text(recipe)
+    objective = [{"type": "oprd"}, {"type": "opd_sampled", "weight": 0.1}]
+    run = make_run(tmp_path / "one", teacher={"type": "server"}, objective=objective)
     table = table_of(write_report([run], tmp_path / "r.html").read_text())
     assert "<td>oprd + opd_sampled</td>" in table
     assert "<td>server</td>" in table
+
+
+@pytest.mark.parametrize("count", [1, 7, MOST_POINTS, MOST_POINTS + 1, 5 * MOST_POINTS + 3, 20_000])
+def test_a_long_curve_keeps_its_shape_in_few_points(count):
+    rng = random.Random(count)
+    ys = [rng.gauss(0, 1) for _ in range(count)]
+    ys[count // 3], ys[count // 2] = 99.0, -99.0
+    curve = Curve.of(enumerate(ys))
+    points = curve.points
+    assert len(points) <= MOST_POINTS
+    assert points == sorted(points)
+    assert all(ys[x] == y for x, y in points)
+    assert {-99.0, 99.0} >= {min(y for _, y in points), max(y for _, y in points)} or count == 1
+    assert (curve.first, curve.last) == ((0, ys[0]), (count - 1, ys[-1]))
+    if count <= MOST_POINTS:
+        assert points == list(enumerate(ys))
+        return
+    assert len(points) > MOST_POINTS / 4
+    # every stretch is drawn by its own lowest and highest
+    for start in range(0, count, curve.stretch):
+        part = ys[start : start + curve.stretch]
+        drawn = [y for x, y in points if start <= x < start + curve.stretch]
+        assert {min(part), max(part)} == set(drawn)
+
+
+def test_a_value_that_is_no_number_hides_no_extreme():
+    ys = [1.0, math.nan, 5.0, -3.0, math.nan] * MOST_POINTS
+    ys[7000] = 50.0
+    drawn = [y for _, y in Curve.of(enumerate(ys)).points]
+    assert max(drawn) == 50.0
+    assert min(drawn) == -3.0
+    assert len(drawn) <= MOST_POINTS
+
+
+def test_the_page_says_that_long_curves_are_thinned(tmp_path):
+    run = make_run(tmp_path / "one")
+    said = "A curve of more than 2,000 points"
+    assert said not in write_report([run], tmp_path / "r.html").read_text()
+    write_log(run / "metrics.jsonl", [{"step": s, "train/loss/mean": float(s == 777)} for s in range(1, 2500)])
+    page = write_report([run], tmp_path / "r.html").read_text()
+    assert said in page
+    (figure,) = [f for f in figures_of(page) if f["layout"]["title"]["text"] == "train/loss/mean"]
+    assert max(zip(figure["data"][0]["y"], figure["data"][0]["x"], strict=True)) == (1.0, 777)
+
+
+@pytest.mark.parametrize("name", ["run.json", "objectives.json", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl"])
+def test_a_flipped_bit_is_told_with_the_name_of_the_file(name, tmp_path):
+    run = make_run(tmp_path / "one")
+    write_json(run / "objectives.json", {"oprd_bridge": {}})
+    content = (run / name).read_bytes()
+    for bit in range(0, 8 * (len(content) - 1), 97):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        (run / name).write_bytes(changed)
+        with pytest.raises(RunFolderError, match=f"{name}.* is damaged"):
+            write_report([run], tmp_path / "r.html")

@@ -1,9 +1,10 @@
 """One self-contained HTML page from run folders: a table, curves, samples, recipes. Reads files only."""
 
-import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from jinja2 import Environment, PackageLoader
 from plotly.offline import get_plotlyjs
 
 from oprd.errors import RunFolderError
-from oprd.files import read_jsonl, write_atomically
+from oprd.files import iterate_jsonl, read_json, write_atomically
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's colour-blind safe set."""
@@ -22,9 +23,57 @@ COSTS = {"step": "step", "training_seconds": "seconds of training", "generated_t
 BY_BLOCK = re.compile(r"(.+)_block_(\d+)(.*)")
 """Metrics with one number per transformer block, drawn against the block."""
 
+MOST_POINTS = 2000
+"""Of a curve on the page."""
+
 Row = Mapping[str, Any]
+Point = tuple[float, float]
 Figures = list[dict[str, Any]]
 """Plotly's `data` and `layout`. The page adds to the layout what all figures have in common."""
+
+
+@dataclass(slots=True)
+class Curve:
+    """Points (x, y) with rising x, thinned as they come: of more than MOST_POINTS the lowest and the highest of each stretch."""
+
+    stretch: int = 1
+    """Points of which two are kept; 1: all are."""
+    first: Point = (0.0, 0.0)
+    last: Point = (0.0, 0.0)
+    _extremes: list[tuple[Point, Point]] = field(default_factory=list)
+    """Lowest and highest of each stretch."""
+    _room: int = 0
+    """Points until the next stretch."""
+
+    @classmethod
+    def of(cls, points: Iterable[Point]) -> "Curve":
+        """A curve of these points."""
+        curve = cls()
+        for point in points:
+            curve.add(*point)
+        return curve
+
+    def add(self, x: float, y: float) -> None:
+        """Add a point on the right."""
+        self.last = point = (x, y)
+        if self._room:
+            low, high = self._extremes[-1]
+            self._extremes[-1] = _lower(low, point), _higher(high, point)
+        else:
+            while len(self._extremes) * min(2, self.stretch) >= MOST_POINTS:
+                both = zip(self._extremes[::2], self._extremes[1::2], strict=True)
+                self._extremes = [(_lower(a, c), _higher(b, d)) for (a, b), (c, d) in both]
+                self.stretch *= 2
+            if not self._extremes:
+                self.first = point
+            self._extremes.append((point, point))
+            self._room = self.stretch
+        self._room -= 1
+
+    @property
+    def points(self) -> list[Point]:
+        """What is drawn, from left to right."""
+        return [point for pair in self._extremes for point in sorted(set(pair))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,17 +84,20 @@ class RunFiles:
     line: Mapping[str, str]
     """Colour and dash of the run's curves, the same in all figures."""
     recipe: Row
-    metrics: Sequence[Row]
+    metrics: Mapping[str, Curve]
+    last: Row
+    """Of metrics.jsonl; empty before the first."""
     evaluations: Sequence[Row]
     samples: Sequence[Row]
-    searches: Sequence[Row]
-    """EffOPD's."""
+    """The first two and the last two."""
+    searches: Curve
+    """The factor that each of EffOPD's accepted."""
     bridge: Mapping[str, Row]
     """Held-out numbers of OPRD-Bridge's fit, by the student's block; empty without a bridge."""
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
-    """Write the page and return its path. Raises RunFolderError for a folder that is not a run.
+    """Write the page and return its path. Raises RunFolderError for a folder that is not a run, or has a damaged file.
 
     A run in progress is shown as far as it has come.
     """
@@ -63,6 +115,8 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
             for run in read
         ],
         groups={name: figures for name, figures in groups.items() if figures},
+        thinned=any(curve.stretch > 1 for run in read for curve in run.metrics.values()),
+        most_points=MOST_POINTS,
         plotly=get_plotlyjs(),
     )
     write_atomically(out, text)
@@ -70,25 +124,33 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
 
 
 def _read(folder: Path, name: str, line: Mapping[str, str]) -> RunFiles:
-    if not (folder / "recipe.yaml").is_file():
-        raise RunFolderError(f"{folder} is not a run folder: it has no recipe.yaml. Give the output_dir of a run")
-    fits = folder / "objectives.json"
+    if not (folder / "run.json").is_file():
+        raise RunFolderError(f"{folder} is not a run folder: it has no run.json. Give the output_dir of a run")
+    fits, last = folder / "objectives.json", dict[str, Any]()
+    metrics = defaultdict[str, Curve](Curve)
+    for last in iterate_jsonl(folder / "metrics.jsonl"):
+        step = last["step"]
+        for key, value in last.items():
+            metrics[key].add(step, value)
+    metrics.pop("step", None)
+    samples = iterate_jsonl(folder / "samples.jsonl")
     return RunFiles(
         name=name,
         line=line,
-        recipe=yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")),
-        metrics=read_jsonl(folder / "metrics.jsonl"),
-        evaluations=read_jsonl(folder / "evaluations.jsonl"),
-        samples=read_jsonl(folder / "samples.jsonl"),
-        searches=read_jsonl(folder / "searches.jsonl"),
-        bridge=next(iter(json.loads(fits.read_text(encoding="utf-8")).values())) if fits.is_file() else {},
+        recipe=read_json(folder / "run.json")["recipe"],
+        metrics=metrics,
+        last=last,
+        evaluations=list(iterate_jsonl(folder / "evaluations.jsonl")),
+        samples=[*islice(samples, 2), *deque(samples, 2)],
+        searches=Curve.of((row["step"], row["accepted"]) for row in iterate_jsonl(folder / "searches.jsonl")),
+        bridge=next(iter(read_json(fits).values())) if fits.is_file() else {},
     )
 
 
 def _metrics(runs: Sequence[RunFiles]) -> dict[str, Figures]:
     """A figure for every key of metrics.jsonl, by the key's first part; keys with a block share one figure."""
     groups: dict[str, dict[str, Figures]] = {}
-    for key in dict.fromkeys(key for run in runs for row in run.metrics for key in row if key != "step"):
+    for key in dict.fromkeys(key for run in runs for key in run.metrics):
         block = BY_BLOCK.fullmatch(key)
         title = f"{block[1]}{block[3]} by block" if block else key
         group = groups.setdefault(key.split("/")[0], {})
@@ -99,7 +161,7 @@ def _metrics(runs: Sequence[RunFiles]) -> dict[str, Figures]:
 
 def _curve(runs: Sequence[RunFiles], key: str) -> Figures:
     """One metric against the step; on a logarithmic axis if it spans more than two powers of ten."""
-    points = [[(row["step"], row[key]) for row in run.metrics if key in row] for run in runs]
+    points = [run.metrics[key].points if key in run.metrics else [] for run in runs]
     values = [value for rows in points for _, value in rows]
     log = min(values) > 0 and max(values) > 100 * min(values)
     curves = [_trace(run, rows, mode="lines") for run, rows in zip(runs, points, strict=True)]
@@ -110,10 +172,13 @@ def _by_block(runs: Sequence[RunFiles], title: str, key: re.Match[str]) -> Figur
     """A metric against the block, at the first and the last step that have it; `key` is that of one block."""
     curves, like = [], re.compile(f"{re.escape(key[1])}_block_(\\d+){re.escape(key[3])}")
     for run in runs:
-        rows = [row for row in run.metrics if any(map(like.fullmatch, row))]
-        for row, dash in zip(rows[:: max(1, len(rows) - 1)], ("dot", "solid"), strict=False):
-            points = sorted((int(found[1]), row[found[0]]) for found in map(like.fullmatch, row) if found)
-            curves.append(_trace(run, points, f": step {row['step']}", line={**run.line, "dash": dash}))
+        found = (match for match in map(like.fullmatch, run.metrics) if match)
+        blocks = sorted(((int(match[1]), run.metrics[match[0]]) for match in found), key=lambda pair: pair[0])
+        ends = {"dot": [curve.first for _, curve in blocks], "solid": [curve.last for _, curve in blocks]}
+        for dash, points in ends.items():
+            at = [(block, y) for (block, _), (_, y) in zip(blocks, points, strict=True)]
+            label = f": step {points[0][0]}" if points else ""
+            curves.append(_trace(run, at, label, line={**run.line, "dash": dash}))
     return _figure(title, curves, "block", "")
 
 
@@ -121,7 +186,9 @@ def _accuracy(runs: Sequence[RunFiles], cost: str) -> Figures:
     curves = []
     for run in runs:
         for benchmark in dict.fromkeys(row["benchmark"] for row in run.evaluations):
-            rows = [row for row in run.evaluations if row["benchmark"] == benchmark and cost in row]
+            every = [row for row in run.evaluations if row["benchmark"] == benchmark and cost in row]
+            kept = Curve.of(enumerate(row["avg_at_k"] for row in every)).points
+            rows = [every[int(i)] for i, _ in kept]
             above = [row["avg_at_k_high"] - row["avg_at_k"] for row in rows]
             below = [row["avg_at_k"] - row["avg_at_k_low"] for row in rows]
             error = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
@@ -132,7 +199,7 @@ def _accuracy(runs: Sequence[RunFiles], cost: str) -> Figures:
 
 def _searches(runs: Sequence[RunFiles]) -> Figures:
     """The factor that each of EffOPD's searches accepted."""
-    curves = [_trace(run, [(row["step"], row["accepted"]) for row in run.searches], mode="markers") for run in runs]
+    curves = [_trace(run, run.searches.points, mode="markers") for run in runs]
     return _figure("Searches: factor accepted (0: plain update)", curves, "step", "times delta")
 
 
@@ -165,3 +232,11 @@ def _figure(title: str, curves: Figures, x: str, y: str, *, log: bool = False, *
     curves = [curve for curve in curves if curve["x"]]
     axes = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}, "type": "log" if log else "linear"}}
     return [{"data": curves, "layout": {"title": {"text": title}, **axes, **more}}] if curves else []
+
+
+def _lower(one: Point, other: Point) -> Point:
+    return other if other[1] < one[1] or one[1] != one[1] else one
+
+
+def _higher(one: Point, other: Point) -> Point:
+    return other if other[1] > one[1] or one[1] != one[1] else one
