@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,6 +15,7 @@ from oprd.losses.divergences import entropy, token_logprobs
 from oprd.types import LMHead
 
 N, D, V = 37, 8, 50
+original_chunk_rows = module.chunk_rows
 
 
 def rows(dtype=torch.float64, vocabulary=V, seed=0):
@@ -49,7 +51,8 @@ def distance(hidden, head, teacher_hidden, teacher_weight, ids, row_function=Non
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(module, "chunk_rows", lambda vocabulary: 16)
+    monkeypatch.setattr(module, "chunk_rows", lambda vocabulary, device: 16)
+    monkeypatch.setattr(module, "slice_rows", lambda vocabulary, device: 11)
 
 
 @pytest.mark.parametrize("weights", ["equal", "different"])
@@ -141,6 +144,23 @@ def test_a_frozen_head_gets_no_gradient_and_costs_none():
     assert weight.grad is None
 
 
+def test_a_trained_bias_under_a_frozen_weight_gets_the_gradient_of_unequal_weights():
+    hidden, weight, bias, teacher_hidden, teacher_weight, ids = rows()
+    upstream = torch.rand(N, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    head = LMHead(weight=weight.detach(), bias=bias)
+    expected = exact("reverse_kl")(plain(hidden, head), teacher_hidden @ teacher_weight.T, ids)
+    (wanted,) = torch.autograd.grad((expected * upstream).sum(), bias)
+    values = distance(hidden, head, teacher_hidden, teacher_weight, ids)
+    assert_close(torch.autograd.grad((values * upstream).sum(), bias)[0], wanted)
+
+
+def test_a_second_backward_pass_gives_the_same_gradients():
+    hidden, weight, _, teacher_hidden, teacher_weight, ids = rows()
+    value = distance(hidden, LMHead(weight=weight), teacher_hidden, teacher_weight, ids).mean()
+    first, second = (torch.autograd.grad(value, (hidden, weight), retain_graph=True) for _ in range(2))
+    assert_close(first, second)
+
+
 def test_no_supervised_token_gives_no_value_and_zero_gradient():
     hidden, weight, _, teacher_hidden, teacher_weight, ids = rows()
     values = distance(hidden[:0], LMHead(weight=weight), teacher_hidden[:0], teacher_weight, ids[:0])
@@ -177,8 +197,9 @@ class LargestAllocation(TorchDispatchMode):
         return out
 
 
-def test_the_heads_gradient_is_summed_in_float32_whatever_computes_around_it():
+def test_the_heads_gradient_is_summed_in_float32_whatever_computes_around_it(monkeypatch):
     """300 chunks added up in bfloat16 are wrong by 2%, and a product under autocast by 0.25%."""
+    monkeypatch.setattr(module, "slice_rows", lambda vocabulary, device: 16)
     hidden, weight, _, teacher_hidden, teacher_weight, ids = rows(torch.float32)
     many = [x.repeat(300, *[1] * (x.dim() - 1)) for x in (hidden.detach(), teacher_hidden, ids)]
     wanted = [torch.zeros_like(weight, dtype=torch.float64), None]
@@ -213,7 +234,7 @@ def test_a_head_is_cast_once_for_all_chunks():
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_no_tensor_of_n_by_v_is_ever_allocated(name, monkeypatch):
-    monkeypatch.setattr(module, "chunk_rows", lambda vocabulary: 4)
+    monkeypatch.setattr(module, "chunk_rows", lambda vocabulary, device: 4)
     vocabulary = 600
     hidden, weight, bias, teacher_hidden, teacher_weight, ids = rows(torch.float32, vocabulary)
     with LargestAllocation() as largest:
@@ -222,6 +243,74 @@ def test_no_tensor_of_n_by_v_is_ever_allocated(name, monkeypatch):
         (values * torch.rand(N)).sum().backward()
     assert largest.elements <= vocabulary * (D + 3), largest.elements  # the heads themselves
     assert vocabulary * (D + 3) < N * vocabulary
+
+
+def test_the_heads_gradient_takes_the_memory_of_one_head():
+    made = []
+
+    class Heads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if (
+                isinstance(out, torch.Tensor)
+                and out.shape == (V, D)
+                and out.data_ptr() not in {weight.data_ptr(), *made}
+            ):
+                made.append(out.data_ptr())
+            return out
+
+    hidden, weight, _, teacher_hidden, teacher_weight, ids = rows()
+    with Heads():
+        distance(hidden, LMHead(weight=weight), teacher_hidden, teacher_weight, ids).mean().backward()
+    assert made == [weight.grad.data_ptr()]
+
+
+@pytest.mark.parametrize(("vocabulary", "rows"), [(151_936, 256), (49_152, 256), (262, 32_017)])
+def test_a_chunk_on_a_cpu_has_rows_enough_for_the_products(vocabulary, rows):
+    assert original_chunk_rows(vocabulary, torch.device("cpu")) == rows
+
+
+@pytest.mark.parametrize(("free_gib", "rows"), [(60, 2048), (6, 512), (0.1, 64)])
+def test_a_chunk_on_a_gpu_takes_an_eighth_of_the_free_memory(free_gib, rows, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib * 2**30) - 2**20, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * 2**20)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**20)
+    assert original_chunk_rows(151_936, torch.device("cuda")) == rows
+
+
+def test_a_gpu_multiplies_16_bit_factors_as_they_are_and_adds_up_in_float32():
+    """Without a GPU: on tensors that have a device and no data."""
+    names = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), torch.no_grad():
+        states, head = (torch.empty(n, D, dtype=torch.bfloat16, device="cuda") for n in (N, V))
+        with Products():
+            scores = module.product(states, head.T)
+    assert scores.dtype == torch.float32
+    assert scores.shape == (N, V)
+    assert "aten.mm.dtype" in names
+    assert not [name for name in names if "_to_copy" in name]
+
+
+def test_tf32_is_for_these_products_alone():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    seen = []
+
+    def fails(p, q, ids):
+        seen.append(matmul.fp32_precision)
+        raise ZeroDivisionError
+
+    hidden, weight, _, teacher_hidden, teacher_weight, ids = rows()
+    with pytest.raises(ZeroDivisionError):
+        distance(hidden, LMHead(weight=weight), teacher_hidden, teacher_weight, ids, fails)
+    assert seen == ["tf32"]
+    assert matmul.fp32_precision == before != "tf32"
 
 
 def test_counting_allocations_notices_a_plain_softmax():

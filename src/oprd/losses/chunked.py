@@ -2,7 +2,8 @@
 """Losses over the vocabulary without ever holding a [N, V] tensor: LM heads are applied chunk by chunk."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,36 +16,36 @@ from oprd.types import LMHead
 
 RowFunction = Callable[..., Tensor]
 """(student logits [C, V], teacher logits [C, V] or None, *row arguments [C]) -> one value per row [C]."""
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of the hidden states, the head's weight and its bias; None where not wanted."""
 
-CHUNK_ELEMENTS = 2**23
-"""Logits held at once per model: 32 MiB in float32; the loss's own temporaries are a handful of that."""
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Rows whose logits are held at once: enough for the products with the head to take what they take on all rows."""
+    if device.type != "cuda":
+        return max(256, 2**23 // vocabulary)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    rows = free // 8 // (8 * vocabulary)  # float32, two models
+    return 2 ** min(max(rows, 64).bit_length() - 1, 11)
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Rows whose logits are held at once."""
-    return max(16, CHUNK_ELEMENTS // vocabulary)
+def slice_rows(vocabulary: int, device: torch.device) -> int:
+    """Rows a row function sees at once: on a CPU few enough for its temporaries to stay in the cache."""
+    return max(1, (2**24 if device.type == "cuda" else 2**20) // vocabulary)
 
 
 def logits(hidden: Float[Tensor, "C D"], head: LMHead) -> Float[Tensor, "C V"]:
     """Logits in float32 (float64 for float64 input), whatever precision the model computes in: logits rounded to bfloat16
     change gradients by several per cent."""
-    return one_stop(finish(raw_scores(hidden, head), head), head)
+    return _finished(raw_scores(hidden, head), head)
 
 
-def raw_scores(hidden: Float[Tensor, "C D"], head: LMHead) -> Float[Tensor, "C V"]:
+def raw_scores(hidden: Float[Tensor, "C D"], head: LMHead, out: Tensor | None = None) -> Float[Tensor, "C V"]:
     """Output of the LM head before scale and softcap."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
-        out = hidden.to(dtype) @ head.weight.to(hidden.device, dtype).T
-        return out if head.bias is None else out + head.bias.to(out)
-
-
-def _beside(head: LMHead, hidden: Tensor) -> LMHead:
-    """The head where the states are, in the precision of logits, detached: cast and moved once, not for every chunk."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    weight, bias = (None if x is None else x.detach().to(hidden.device, dtype) for x in (head.weight, head.bias))
-    assert weight is not None
-    return replace(head, weight=weight, bias=bias)
+        scores = product(hidden, head.weight.to(hidden.device).T, out)
+        return scores if head.bias is None else scores.add_(head.bias.to(scores))
 
 
 def finish(scores: Float[Tensor, "C V"], head: LMHead) -> Float[Tensor, "C V"]:
@@ -62,6 +63,30 @@ def one_stop(logits: Float[Tensor, "C V"], head: LMHead) -> Float[Tensor, "C V"]
     return logits.index_copy(1, stops, share.expand(-1, len(head.stops)))
 
 
+def _finished(scores: Float[Tensor, "C V"], head: LMHead) -> Float[Tensor, "C V"]:
+    return one_stop(finish(scores, head), head)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b, added up in float32 (float64 for float64 factors). A GPU multiplies 16-bit factors as they are, others are cast."""
+    if a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    return torch.mm(a.to(dtype), b.to(dtype), out=out)
+
+
+@contextmanager
+def tensor_cores(device: torch.device) -> Generator[None]:
+    """Products of float32 factors in TF32 on a GPU, added up in float32; no autocast."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        matmul.fp32_precision = before
+
+
 def chunked(
     row_function: RowFunction,
     hidden: Float[Tensor, "N D"],
@@ -75,28 +100,48 @@ def chunked(
     Heads of different sizes share their first rows (padded vocabularies of equal content). Gradient flows to `hidden`
     and to the student head's weight and bias where they require it.
     """
+    teacher = None
     if teacher_hidden is not None and teacher_head is not None:
-        size = min(len(head.weight), len(teacher_head.weight))
-        head, teacher_head = (h if len(h.weight) == size else h.first_rows(size) for h in (head, teacher_head))
-        teacher_hidden, teacher_head = teacher_hidden.detach().to(hidden.device), _beside(teacher_head, hidden)
-    call = _Call(row_function, _beside(head, hidden), teacher_hidden, teacher_head, row_arguments)
+        head, teacher_head = same_rows(head, teacher_head)
+        teacher_hidden = teacher_hidden.detach().to(hidden.device)
+        teacher = teacher_hidden, _beside(teacher_head, teacher_hidden)
+    call = _Call(row_function, _beside(head, hidden), teacher, row_arguments)
     if not torch.is_grad_enabled():
-        return call.sweep(hidden, None, (False, False, False))[0]
+        return call.sweep(hidden)[0]
     return _Chunked.apply(hidden, head.weight, head.bias, call)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
+def statistics(row_function: RowFunction, hidden: Float[Tensor, "N D"], head: LMHead, *row_arguments: Tensor) -> Tensor:
+    """`row_function` of the logits, which may give several numbers per row [C, K]: [N, K]. No gradient."""
+    return _Call(row_function, _beside(head, hidden), None, row_arguments).sweep(hidden)[0]
+
+
 def logprobs_of(hidden: Float[Tensor, "N D"], head: LMHead, ids: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
     """Log-probability of the given token at each position, in nats. No gradient."""
-    return chunked(lambda p, _, ids: token_logprobs(p, ids), hidden, head, ids)
+    return statistics(lambda p, _, ids: token_logprobs(p, ids), hidden, head, ids)
 
 
-@torch.no_grad()
-def statistics(row_function: RowFunction, hidden: Float[Tensor, "N D"], head: LMHead, *row_arguments: Tensor) -> Tensor:
-    """`row_function` of the logits where it gives several numbers per row [C, K]: [N, K]. No gradient."""
-    size, head = chunk_rows(len(head.weight)), _beside(head, hidden)
-    chunks = zip(*(rows.split(size) for rows in (hidden, *row_arguments)), strict=True)
-    return torch.cat([row_function(logits(h, head), None, *arguments) for h, *arguments in chunks])
+def same_rows(head: LMHead, other: LMHead) -> tuple[LMHead, LMHead]:
+    """Both heads with the rows they share: the first ones, of padded vocabularies of equal content."""
+    size = min(len(head.weight), len(other.weight))
+    head, other = (h if len(h.weight) == size else h.first_rows(size) for h in (head, other))
+    return head, other
+
+
+def _beside(head: LMHead, hidden: Tensor) -> LMHead:
+    """The head where the states are, as `product` takes it, detached: cast and moved once, not for every chunk."""
+    as_it_is = hidden.is_cuda and head.weight.dtype == hidden.dtype
+    dtype = hidden.dtype if as_it_is else torch.promote_types(hidden.dtype, torch.float32)
+    weight, bias = (None if x is None else x.detach().to(hidden.device, dtype) for x in (head.weight, head.bias))
+    assert weight is not None
+    return replace(head, weight=weight, bias=bias)
+
+
+def _spans(rows: int, step: int) -> Iterator[slice]:
+    """At least one, so that no row at all still gives a result of the right shape."""
+    for start in range(0, max(rows, 1), step):
+        yield slice(start, min(start + step, rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,58 +150,55 @@ class _Call:
 
     row_function: RowFunction
     head: LMHead
-    """In the precision of logits, in which its gradients are summed over chunks as well."""
-    teacher_hidden: Tensor | None
-    teacher_head: LMHead | None
+    teacher: tuple[Tensor, LMHead] | None
     row_arguments: tuple[Tensor, ...]
 
+    @torch.no_grad()
     def sweep(
-        self, hidden: Tensor, upstream: Tensor | None, wanted: tuple[bool, ...]
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        self, hidden: Tensor, upstream: Tensor | None = None, wanted: Sequence[bool] = (False, False, False)
+    ) -> tuple[Tensor, Gradients]:
         """Values, and the wanted gradients of (hidden, weight, bias) given `upstream` [N], ones if None."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self._sweep(hidden, upstream, wanted)
-
-    def _sweep(
-        self, hidden: Tensor, upstream: Tensor | None, wanted: tuple[bool, ...]
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        head = self.head
+        hidden, weight, bias = hidden.detach(), self.head.weight, self.head.bias
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        values = hidden.new_empty(len(hidden), dtype=dtype)
         grad_hidden = torch.empty_like(hidden, dtype=dtype) if wanted[0] else None
-        grad_weight = torch.zeros_like(head.weight) if wanted[1] else None
-        grad_bias = torch.zeros_like(head.bias) if wanted[2] and head.bias is not None else None
-        step = chunk_rows(len(head.weight))
-        for start in range(0, len(hidden), step):
-            rows = slice(start, start + step)
-            h = hidden[rows].detach().to(dtype)
-            value, student_logits = self.values(h, rows, any(wanted))
-            values[rows] = value.detach()
-            if not any(wanted):
-                continue
-            weights = torch.ones_like(value) if upstream is None else upstream[rows].to(dtype)
-            (grad,) = torch.autograd.grad(value, student_logits, weights)
-            if head.softcap is not None:
-                grad = grad * (1 - (student_logits.detach() / head.softcap).square())
-            grad = grad * head.scale if head.scale != 1.0 else grad  # of the raw scores, before scale and softcap
-            if grad_hidden is not None:
-                grad_hidden[rows] = grad @ head.weight
-            if grad_weight is not None:
-                grad_weight.addmm_(grad.T, h)
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-        return values, grad_hidden, grad_weight, grad_bias
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=dtype) if wanted[2] and bias is not None else None
+        step, values = chunk_rows(len(weight), hidden.device), list[Tensor]()
+        models = 1 if self.teacher is None else 2
+        buffers = hidden.new_empty(models, min(step, len(hidden)), len(weight), dtype=dtype)
+        with tensor_cores(hidden.device):
+            for rows in _spans(len(hidden), step):
+                h, used = hidden[rows], buffers[:, : rows.stop - rows.start]
+                values += self._values(h, used, rows, upstream, any(wanted))
+                scores = used[0]
+                if grad_hidden is not None:
+                    grad_hidden[rows] = product(scores.to(weight.dtype), weight)
+                if grad_weight is not None:
+                    grad_weight.addmm_(scores.T, h.to(dtype))
+                if grad_bias is not None:
+                    grad_bias += scores.sum(0)
+        return torch.cat(values), (grad_hidden, grad_weight, grad_bias)
 
-    def values(self, h: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor]:
-        """(values [C], student logits [C, V], a leaf with gradient if asked for)."""
-        teacher_logits = None
-        if self.teacher_hidden is not None and self.teacher_head is not None:
-            teacher_logits = logits(self.teacher_hidden[rows], self.teacher_head)
-        student_logits = finish(raw_scores(h, self.head), self.head).detach()
-        with torch.set_grad_enabled(with_grad):
-            student_logits.requires_grad_(with_grad)
-            arguments = [argument[rows] for argument in self.row_arguments]
-            return self.row_function(one_stop(student_logits, self.head), teacher_logits, *arguments), student_logits
+    def _values(
+        self, h: Tensor, buffers: Tensor, rows: slice, upstream: Tensor | None, with_grad: bool
+    ) -> Iterator[Tensor]:
+        """Values of a chunk's rows, some rows at a time. `buffers` take both models' raw scores; the student's are then
+        overwritten with the gradient if asked for."""
+        scores = raw_scores(h, self.head, buffers[0])
+        if self.teacher is not None:
+            teacher_hidden, teacher_head = self.teacher
+            raw_scores(teacher_hidden[rows], teacher_head, buffers[1])
+        for part in _spans(len(scores), slice_rows(scores.shape[1], scores.device)):
+            teacher = None if self.teacher is None else _finished(buffers[1, part], self.teacher[1])
+            student = scores[part].detach()
+            arguments = [argument[rows][part] for argument in self.row_arguments]
+            with torch.set_grad_enabled(with_grad):
+                student.requires_grad_(with_grad)
+                value = self.row_function(_finished(student, self.head), teacher, *arguments)
+            if with_grad:
+                weights = torch.ones_like(value) if upstream is None else upstream[rows][part].to(value)
+                (scores[part],) = torch.autograd.grad(value, student, weights)
+            yield value.detach()
 
 
 class _Chunked(torch.autograd.Function):
@@ -169,21 +211,19 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
         ctx.call, ctx.wanted = call, ctx.needs_input_grad[:3]
-        with torch.no_grad():
-            values, *grads = call.sweep(hidden, None, ctx.wanted)
-        ctx.save_for_backward(hidden, weight, bias, *grads)
+        values, ctx.gradients = call.sweep(hidden, wanted=ctx.wanted)
+        ctx.save_for_backward(hidden, weight, bias)
         return values
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, _, _, grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        hidden, _, _ = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place: they serve one backward pass
         scale = upstream[0] if len(upstream) else upstream.sum()
-        if grad_weight is not None and not torch.all(upstream == scale):
-            with torch.no_grad():
-                _, grad_hidden, grad_weight, grad_bias = ctx.call.sweep(hidden, upstream, ctx.wanted)
-            return grad_hidden, grad_weight, grad_bias, None
-        if grad_hidden is not None:
-            grad_hidden = (grad_hidden * upstream[:, None]).to(hidden.dtype)
-        grad_weight = None if grad_weight is None else grad_weight * scale
-        grad_bias = None if grad_bias is None else grad_bias * scale
-        return grad_hidden, grad_weight, grad_bias, None
+        if gradients is None or (any(ctx.wanted[1:]) and not torch.all(upstream == scale)):
+            _, gradients = ctx.call.sweep(hidden, upstream, ctx.wanted)
+        else:
+            for gradient, factor in zip(gradients, (upstream[:, None], scale, scale), strict=True):
+                if gradient is not None:
+                    gradient.mul_(factor)
+        return *gradients, None

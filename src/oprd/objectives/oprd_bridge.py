@@ -241,7 +241,9 @@ def sharpen(
     norm: a regression predicts means, which are less confident than the teacher. Each moves on a line, along the gradient of
     that log-probability projected on `patterns`; a confident one stays. No gradient."""
     moved = hidden.float().clone()
-    for rows in torch.split(torch.arange(len(hidden), device=hidden.device), chunk_rows(len(head.weight))):
+    for rows in torch.split(
+        torch.arange(len(hidden), device=hidden.device), chunk_rows(len(head.weight), hidden.device)
+    ):
         scores = raw_scores(moved[rows], head)
         p = finish(scores, head).softmax(-1)
         unsure = p.amax(-1) < least[rows]
