@@ -105,13 +105,17 @@ def on_top_k(
     a row without any has no distribution and becomes all zeros for both, which is no loss.
     """
     ids = (teacher if support == "teacher" else student).detach().topk(k, dim=-1).indices
-    student, on_teacher = student.gather(-1, ids), teacher.gather(-1, ids)
-    if support == "overlap":
-        outside = ~shared(ids, teacher.topk(k, dim=-1).indices)
-        # finite, because minus infinity gives NaN gradients where both models have it
-        fill = torch.where(outside.all(-1, keepdim=True), 0.0, -1e30)
-        student, on_teacher = torch.where(outside, fill, student), torch.where(outside, fill, on_teacher)
-    return student, on_teacher
+    on_support = student.gather(-1, ids), teacher.gather(-1, ids)
+    return on_support if support != "overlap" else where_shared(*on_support, shared(ids, teacher.topk(k).indices))
+
+
+def where_shared(
+    student: Float[Tensor, "N K"], teacher: Float[Tensor, "N K"], both: Bool[Tensor, "N K"]
+) -> tuple[Float[Tensor, "N K"], Float[Tensor, "N K"]]:
+    """Both models' logits, without a probability where not `both`; all zeros in a row that has no such place."""
+    # finite, because minus infinity gives NaN gradients where both models have it
+    fill = torch.where(both.any(-1, keepdim=True), -1e30, 0.0)
+    return torch.where(both, student, fill), torch.where(both, teacher, fill)
 
 
 def shared(ids: Int[Tensor, "N K"], others: Int[Tensor, "N K"]) -> Bool[Tensor, "N K"]:

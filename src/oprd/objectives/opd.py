@@ -14,7 +14,7 @@ there. The teacher's is that of one spelling in tokens, a lower bound of the tex
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, cast
 
 import torch
 from jaxtyping import Float
@@ -22,11 +22,13 @@ from torch import Tensor
 
 from oprd.errors import ConfigError
 from oprd.losses import divergences
-from oprd.losses.divergences import token_logprobs
+from oprd.losses.chunked import same_rows
+from oprd.losses.divergences import shared, token_logprobs, where_shared
+from oprd.losses.support import logits_at, top_ids
 from oprd.models.loading import ModelFacts
 from oprd.objectives.base import OutputObjective
 from oprd.section import Field, PositiveInt, Rate, Section
-from oprd.types import Capability, HiddenStates, Rollouts, Targets
+from oprd.types import Capability, HiddenStates, LMHead, Rollouts, Targets
 
 C = Capability
 
@@ -108,15 +110,22 @@ class OPDTopK(_Distributions):
 
     def per_token(self, student: HiddenStates, targets: Targets) -> Float[Tensor, " N"]:
         """Divergence of each token on the support, in nats."""
-        if targets.logprobs is None:
-            return self._of_logits(
-                lambda p, q: self._exact(*divergences.on_top_k(p, q, self.k, self.support)),
-                student,
-                teacher=targets.teacher,
-            )
-        rows, given = student.batch.selected(self.tokens), targets.logprobs
-        top = given.top_ids[rows][:, : self.k], given.top_logprobs[rows][:, : self.k]
-        return self._of_logits(lambda p, _, ids, log_q: self._exact(p.gather(-1, ids), log_q), student, *top)
+        (spec,) = self.student_taps.hidden
+        hidden, head = student.hidden[spec], cast(LMHead, student.head)
+        if targets.logprobs is not None:
+            rows, given = student.batch.selected(self.tokens), targets.logprobs
+            ids, q = given.top_ids[rows][:, : self.k], given.top_logprobs[rows][:, : self.k]
+            return self._exact(logits_at(hidden, head, ids), q)
+        teacher = cast(HiddenStates, targets.teacher)
+        head, teacher_head = same_rows(head, cast(LMHead, teacher.head))
+        theirs = teacher.hidden[spec].to(hidden.device), teacher_head
+        ids = top_ids(*(theirs if self.support == "teacher" else (hidden, head)), self.k)
+        with torch.no_grad():
+            q = logits_at(*theirs, ids)
+        p = logits_at(hidden, head, ids)
+        if self.support == "overlap":
+            p, q = where_shared(p, q, shared(ids, top_ids(*theirs, self.k)))
+        return self._exact(p, q)
 
 
 class OPDSampled(_Divergence):
