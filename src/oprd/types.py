@@ -9,7 +9,7 @@ tokens, P aligned tokens, V vocabulary, D width, L blocks, K entries of a suppor
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Any, Literal
@@ -171,10 +171,7 @@ class Rollouts:
         return replace(self, **{name: _take(getattr(self, name), rows) for name in PER_COMPLETION})
 
 
-PER_COMPLETION = (
-    "prompts", "completion_ids", "finished", "rewritten", "token_weights", "token_scores", "sampling_logprobs",
-    "alignments", "logprobs",
-)  # fmt: skip
+PER_COMPLETION = tuple(f.name for f in fields(Rollouts) if f.name not in {"written_by", "max_new_tokens"})
 
 
 def _take(values: tuple[Any, ...] | None, rows: Sequence[int]) -> tuple[Any, ...] | None:

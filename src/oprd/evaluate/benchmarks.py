@@ -61,13 +61,12 @@ def load_benchmarks(
         names = [name.strip("/").replace("/", "_") for name in config.benchmarks]
     if len(set(names)) < len(names):
         raise ConfigError(f"evaluation.benchmarks names one twice: {', '.join(config.benchmarks)}; drop one")
-    named = zip(config.benchmarks, names, strict=True)
-    limits = {"context": context, "vocabulary": vocabulary}
-    return tuple(Benchmark(name=name, prompts=_load(source, config, tokenizer, limits)) for source, name in named)
+    prompts = (_load(name, config, tokenizer, context=context, vocabulary=vocabulary) for name in config.benchmarks)
+    return tuple(Benchmark(name=name, prompts=each) for name, each in zip(names, prompts, strict=True))
 
 
 def _load(
-    name: str, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, limits: dict[str, int]
+    name: str, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, *, context: int, vocabulary: int
 ) -> tuple[Prompt, ...]:
     source, split, answer = HUB_NAMES.get(name, (name, "test", config.answer))
     data = DataConfig(
@@ -75,7 +74,8 @@ def _load(
         system_prompt=config.system_prompt, prompt_template=config.prompt_template,
         chat_template_kwargs=config.chat_template_kwargs,
     )  # fmt: skip
-    prompts = load_prompts(data, tokenizer, room=config.max_completion_length, **limits)
+    room = config.max_completion_length
+    prompts = load_prompts(data, tokenizer, context=context, room=room, vocabulary=vocabulary)
     for prompt in prompts:
         if prompt.answer is None:
             raise DataError(f"benchmark {name!r}: row {prompt.row} has no column {answer!r}")
