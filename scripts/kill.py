@@ -3,12 +3,14 @@
     python scripts/kill.py [KILLS] [SEED]
 
 Prints a line for each kind of run; exits with 1 if any differs. Metrics, evaluations, searches, samples and the saved student
-must be equal bit for bit. Children are forked, so that a start costs no import.
+must be equal bit for bit, but for what was asked of a server; of that nothing may be missing in its usage log. Children are
+forked, so that a start costs no import.
 """
 
 import os
 import random
 import signal
+import sqlite3
 import sys
 import tempfile
 import time
@@ -23,11 +25,12 @@ from conftest import miniature_recipe
 from oprd.demo.task import sums, write_jsonl
 from oprd.recipe import parse_recipe
 from oprd.train.run import run_recipe
+from serving import FaultyServer, served
 from train.runs import evaluations, metrics, read_lines, searches
 
 
-def recipes(folder: Path) -> dict[str, dict]:
-    """Kinds of runs, each of a few seconds."""
+def recipes(folder: Path, url: str) -> dict[str, dict]:
+    """Kinds of runs, each of a few seconds. `url`: of the server that teaches the last one."""
     train, held_out = folder / "train.jsonl", folder / "held_out.jsonl"
     write_jsonl(train, sums(64, seed=1, held_out=False))
     write_jsonl(held_out, sums(6, seed=2, held_out=True))
@@ -44,6 +47,7 @@ def recipes(folder: Path) -> dict[str, dict]:
             "objective": {"type": "opd_sampled"},
         },
         "a checkpoint every 2nd step, one kept": {"save_steps": 2, "save_total_limit": 1},
+        "served": {"teacher": served(url), "objective": {"type": "opd_sampled"}},
     }
     return {name: miniature_recipe("", train, max_steps=6, rollout=short) | options for name, options in kinds.items()}
 
@@ -67,7 +71,8 @@ def left(folder: Path) -> list[object]:
     """Everything of a run that must not depend on kills."""
     (weights,) = (folder / "student").glob("*model.safetensors")
     student = {name: value.numpy().tobytes() for name, value in load_file(weights).items()}
-    return [metrics(folder), evaluations(folder), searches(folder), read_lines(folder / "samples.jsonl"), student]
+    rows = [{name: x for name, x in row.items() if not name.startswith("teacher/")} for row in metrics(folder)]
+    return [rows, evaluations(folder), searches(folder), read_lines(folder / "samples.jsonl"), student]
 
 
 def killed(tree: dict, folder: Path, whole_seconds: float, rng: random.Random) -> int:
@@ -86,13 +91,19 @@ def killed(tree: dict, folder: Path, whole_seconds: float, rng: random.Random) -
         kills += 1
 
 
+def booked(folder: Path) -> int:
+    """Requests in the usage log."""
+    with sqlite3.connect(folder / "teacher_cache.sqlite") as log:
+        return log.execute("SELECT SUM(requests) FROM usage").fetchone()[0]
+
+
 def main() -> int:
     """Kill at least so many times over all kinds."""
     wanted, seed = (int(given) for given in [*sys.argv[1:3], *("30", "0")[len(sys.argv) - 1 :]])
     torch.set_num_threads(1)
     rng, failed = random.Random(seed), 0
-    with tempfile.TemporaryDirectory() as place:
-        kinds = recipes(Path(place))
+    with tempfile.TemporaryDirectory() as place, FaultyServer() as server:
+        kinds = recipes(Path(place), server.url)
         for name, tree in kinds.items():
             home = Path(place) / name
             home.mkdir()
@@ -101,10 +112,13 @@ def main() -> int:
             seconds, kills, runs, different = time.monotonic() - began, 0, 0, 0
             whole = left(home / "whole")
             while kills < wanted / len(kinds):
-                run = home / f"run {runs}"
+                run, before = home / f"run {runs}", server.requests
                 kills += killed(tree, run, seconds, rng)
                 runs += 1
                 different += left(run) != whole
+                if server.requests > before:
+                    failed += booked(run) < server.requests - before
+                    print(f"{name}: {server.requests - before} requests, {booked(run)} booked", flush=True)
             failed += different
             print(f"{name}: {kills} kills in {runs} runs, {different} differ", flush=True)
     return int(failed > 0)
