@@ -1,13 +1,17 @@
 """Mutated input of every kind: it is read right, or refused by an OprdError that says where. `OPRD_FUZZ=4000` cases a test."""
 
+import contextlib
 import copy
 import json
 import os
+import re
+import resource
 import shutil
 import sys
 from collections import Counter
 
 import datasets
+import psutil
 import pytest
 import torch
 import yaml
@@ -16,6 +20,7 @@ from hypothesis import strategies as st
 
 from conftest import MODELS, ROOT, load_miniature, miniature_recipe
 from oprd.cli import main
+from oprd.data import endless
 from oprd.data.chat import render
 from oprd.data.prompts import DataConfig, load_prompts
 from oprd.errors import ConfigError, DataError, ModelError, OprdError
@@ -422,3 +427,39 @@ def test_a_model_folder_with_a_broken_file_is_used_or_refused(tmp_path_factory, 
         refused(f"folder {path.name}", error, *([folder] if isinstance(error, ModelError) else []))
     else:
         TALLY[f"folder {path.name} right"] += 1
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("config.json", {"num_hidden_layers": 10**6}, "num_hidden_layers is 1,000,000, at most 4,096 are built"),
+        ("config.json", {"num_hidden_layers": 10**12}, "num_hidden_layers is 1,000,000,000,000, at most 4,096"),
+        ("config.json", {"hidden_size": 10**9}, "hidden_size is 1,000,000,000, at most 16,777,216 are built"),
+        ("config.json", {"intermediate_size": 10**12}, "intermediate_size is 1,000,000,000,000, at most 16,777,216"),
+        ("config.json", {"vocab_size": 2**40}, "vocab_size is 1,099,511,627,776, at most 16,777,216 are built"),
+        ("chat_template.jinja", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "come to an end"),
+        ("chat_template.jinja", "{{ 'x' * 9999999999 }}", "does not come to an end on a prompt of one word"),
+        ("chat_template.jinja", "{{ 9 ** (9 ** 9) }}", "does not come to an end on a prompt of one word"),
+        ("chat_template.jinja", "{{ 'x' | center(9999999999) }}", "does not come to an end on a prompt of one word"),
+    ],
+    ids=lambda value: str(value)[:24] if isinstance(value, dict | str) else None,
+)  # fmt: skip
+def test_an_absurd_model_folder_is_refused_in_bounded_memory_and_time(file, change, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(endless, "MOST_SECONDS", 1)
+    folder = tmp_path / "model"
+    shutil.copytree(MODELS / "base", folder)
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change) if isinstance(change, dict) else change)
+    with limited(2 << 30), pytest.raises(ModelError, match=re.escape(said)):
+        ModelFacts.read(str(folder))
+
+
+@contextlib.contextmanager
+def limited(more: int):
+    """Memory that this process may take beyond what it has."""
+    before, own = resource.getrlimit(resource.RLIMIT_DATA), psutil.Process().memory_info().data
+    resource.setrlimit(resource.RLIMIT_DATA, (own + more, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from oprd.data.chat import decode, render, stop_ids
+from oprd.data.endless import refuse_endless
 from oprd.errors import ConfigError, ModelError
 from oprd.models.families import (
     auto_class,
@@ -110,6 +111,8 @@ class ModelFacts:
         tokenizer = tokenizer or load_tokenizer(name)
         with naming(f"cannot use the tokenizer or the generation config of {name!r}"):
             own = read_generation_config(model) if isinstance(model, str) else cast(Any, model).generation_config
+            if tokenizer.chat_template is not None:
+                refuse_endless(tokenizer.get_chat_template())
             stops = stop_ids(tokenizer, own)
             in_template = render(tokenizer, (Message(role="user", content="1"),))
         most = max(*stops, *in_template, cast(int, tokenizer.pad_token_id or 0))

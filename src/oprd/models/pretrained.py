@@ -1,20 +1,23 @@
 """Config, tokenizer and weights by folder or Hub name. A file that is missing, broken or would run code is a ModelError."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from oprd.errors import DataError, ModelError
 from oprd.files import SUMS, checksums
 from oprd.models.families import auto_class
 
+MOST_OF = {"(layers?|blocks|experts)$": 2**12, "size|dim|embd|inner|d_model|head|width|rank|channels": 2**24}
+"""By what a config's key contains: several times the largest that was published."""
 MOST_SHOWN = 400
 """Letters of another library's error that are shown."""
 
@@ -49,8 +52,23 @@ def load_weights(model: str, *, trainable: bool = False, **given: Any) -> Any:
 
 
 def read_config(model: str) -> Any:
-    """The config, of an adapter that of its base."""
-    return AutoConfig.from_pretrained(base_of(model), trust_remote_code=False)
+    """The config, of an adapter that of its base. Raises ModelError for sizes that no model has."""
+    base = base_of(model)
+    _check_sizes(PreTrainedConfig.get_config_dict(base)[0], base)
+    return AutoConfig.from_pretrained(base, trust_remote_code=False)
+
+
+def _check_sizes(config: Mapping[str, Any], name: str) -> None:
+    """Before the config is used: a million blocks would be built, if only without weights."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_sizes(value, name)
+        for pattern, most in MOST_OF.items():
+            if type(value) is int and value > most and re.search(pattern, key):
+                raise ModelError(
+                    f"{name}: config.json says {key} is {value:,}, at most {most:,} are built; correct it, or download the "
+                    "model again"
+                )
 
 
 def read_generation_config(model: str) -> GenerationConfig | None:
