@@ -45,6 +45,21 @@ def test_every_shipped_recipe_is_read_and_reads_back_as_itself(path):
     assert parse_recipe(yaml.safe_load(recipe_to_yaml(recipe))) == recipe
 
 
+def test_text_with_any_end_of_line_reads_back_as_itself():
+    for text in ("a\x85b", "a\u2028b", "\u2029", "a\nb", "a\rb", "é\x85", "\ufeff", "\x7f", "🙂"):
+        recipe = parse_recipe(BASE | {"data": {"prompts": "p.jsonl", "prompt_template": text}})
+        assert parse_recipe(yaml.safe_load(recipe_to_yaml(recipe))) == recipe, repr(text)
+    assert "é" in recipe_to_yaml(parse_recipe(BASE | {"data": {"prompts": "é.jsonl"}}))
+
+
+def test_a_key_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(BASE) + "10:05.08: x\n")
+    for _ in range(5):
+        with pytest.raises(ConfigError, match="605.08"):
+            load_recipe(path)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_shipped_recipe_names_files_of_this_repository_that_exist(path):
     text = path.read_text()

@@ -2,6 +2,7 @@
 """A recipe: every choice of a run, mirrored by the YAML file key by key. Reading, overriding, writing."""
 
 import difflib
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -162,7 +163,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(tree, {where: f"{path}:{line}: " for where, line in lines.items()})
 
 
-def parse_recipe(tree: Mapping[str, Any], lines: Mapping[str, str] | None = None) -> Recipe:
+def parse_recipe(tree: Mapping[Any, Any], lines: Mapping[str, str] | None = None) -> Recipe:
     """A recipe from nested mappings, as YAML gives them. Raises ConfigError naming key, value and what is allowed.
 
     `lines`: what to put before the error of a key, such as `recipe.yaml:7: `.
@@ -178,7 +179,7 @@ def parse_evaluation(benchmarks: Sequence[str], overrides: Sequence[str]) -> Eva
     return _validate(EvaluationConfig, tree, {})
 
 
-def _validate(section: type[S], tree: Mapping[str, Any], lines: Mapping[str, str]) -> S:
+def _validate(section: type[S], tree: Mapping[Any, Any], lines: Mapping[str, str]) -> S:
     try:
         return section.model_validate(dict(tree))
     except ValidationError as error:
@@ -195,7 +196,10 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def recipe_to_yaml(recipe: Recipe) -> str:
     """The whole recipe, every default spelled out."""
-    return yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False, allow_unicode=True)
+    tree = recipe_to_dict(recipe)
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    # PyYAML writes these as they are, and YAML reads them as ends of lines
+    return yaml.safe_dump(tree, sort_keys=False) if re.search("[\x85\u2028\u2029]", text) else text
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -256,7 +260,7 @@ GONE = {
 """Keys and types of earlier versions, and what replaces them."""
 
 
-def _explain(section: type[Section], line: Any, tree: Mapping[str, Any]) -> tuple[str, str]:
+def _explain(section: type[Section], line: Any, tree: Mapping[Any, Any]) -> tuple[str, str]:
     """(where, message) of one pydantic error: where, what was given, what is allowed."""
     where, kind, given = _path(section, line["loc"], tree), line["type"], line["input"]
     if kind == "value_error":
