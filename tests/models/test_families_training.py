@@ -171,7 +171,9 @@ def test_an_adapters_dropout_acts_in_training_and_the_models_own_does_not():
 @pytest.mark.parametrize("family", ["phi3_longrope", "llama_dynamic_rope"])
 def test_within_its_context_a_row_is_read_alike_beside_longer_ones(family):
     lm = lm_of(family)
-    assert ModelFacts.read(lm.model, TOKENIZER).context == 32
+    facts = ModelFacts.read(lm.model, TOKENIZER)
+    assert facts.context == 32
+    assert "rope would read every row by the longest one beside it" in facts.context_reason
     spec = HiddenSpec(block="last", at="token", tokens=TokenSelection())
 
     def states(*lengths):

@@ -119,17 +119,19 @@ def find_blocks(backbone: nn.Module) -> tuple[str, nn.ModuleList] | None:
     return next(found, None)
 
 
-def context_of(config: Any) -> int:
-    """Most tokens of a row. Behind the length of pretraining, longrope reads every row of a batch by other frequencies as
-    soon as one is longer, so that a row's states would depend on what it is read beside."""
+def context_of(config: Any) -> tuple[int, str]:
+    """Most tokens of a row, and the reason where it is not the length of pretraining alone. Beyond it, dynamic and longrope
+    read every row of a batch by the longest one's frequencies: the split into micro-batches would change the update."""
     text = config.get_text_config()
+    most, reason = getattr(text, "max_position_embeddings", None) or 2**31, ""
     rope = getattr(text, "rope_parameters", None) or {}
-    lengths = [
-        one["original_max_position_embeddings"]
-        for one in (rope, *rope.values())
-        if isinstance(one, dict) and one.get("rope_type") == "longrope"
-    ]
-    return min([getattr(text, "max_position_embeddings", None) or 2**31, *lengths])
+    for one in (rope, *rope.values()):
+        kind = one.get("rope_type") if isinstance(one, dict) else None
+        if kind == "longrope":
+            most = min(most, one["original_max_position_embeddings"])
+        if kind in ("dynamic", "longrope"):
+            reason = f"beyond {most} tokens its {kind} rope would read every row by the longest one beside it"
+    return most, reason
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:

@@ -91,11 +91,13 @@ class ModelFacts:
     vocabulary: int
     """Rows of the embedding, padding included."""
     context: int
-    """Tokens; under longrope, those of pretraining."""
+    """Most tokens of a row."""
     parameters: int
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
     """Every token that ends the assistant's turn."""
+    context_reason: str = ""
+    """Why the context ends there, where longer rows could be read but not alike."""
     adapter: bool = False
     """Whether it is an adapter on a base model."""
 
@@ -123,12 +125,14 @@ class ModelFacts:
             )
         if isinstance(model, str):
             check_files(model)
+        context, reason = context_of(config)
         return cls(
             name=name,
             blocks=text.num_hidden_layers,
             width=text.hidden_size,
             vocabulary=text.vocab_size,
-            context=context_of(config),
+            context=context,
+            context_reason=reason,
             parameters=sum(parameter.numel() for parameter in empty.parameters()),
             tokenizer=tokenizer,
             stop_ids=stops,

@@ -180,6 +180,7 @@ def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -
     for objective in objectives:
         if teacher.model is not None:
             objective.check_pair_facts(student, teacher.model)
+    _tell_of_contexts(ranks, student, teacher)
     room, limits = recipe.rollout.max_completion_length, {"context": student.context, "vocabulary": student.vocabulary}
     prompts = Prompts(
         recipe.data, student.tokenizer, **limits, room=room, given=given.prompts,
@@ -212,6 +213,14 @@ def engine_context(
     asked += [(benchmark.prompts, recipe.evaluation.max_completion_length) for benchmark in benchmarks]
     tokens = max(len(prompt.token_ids) + most for some, most in asked for prompt in some)
     return EngineContext(ranks=ranks, folder=RunFolder(recipe.output_dir).engine, bf16=recipe.bf16, tokens=tokens)
+
+
+def _tell_of_contexts(ranks: Ranks, student: ModelFacts, teacher: TeacherFacts) -> None:
+    for model in (student, teacher.model) if ranks.is_main else ():
+        if model is not None and model.context_reason:
+            console.print(
+                f"{model.name}: prompt and completion have to fit {model.context} tokens; {model.context_reason}."
+            )
 
 
 def _tell_of_stops(checked: Checked) -> None:
