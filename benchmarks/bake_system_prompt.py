@@ -51,7 +51,8 @@ def held_out(parts: Parts) -> list[Prompt]:
 def measure(parts: Parts) -> dict[str, list[float]]:
     """Mean per-token KL to the prompted teacher on the student's completions of the held-out prompts, in nats."""
     method, sampling = parts.method, Sampling(temperature=1.0, max_new_tokens=40, samples=SAMPLES)
-    rollouts = parts.engine.generate(held_out(parts), sampling, seed=7)
+    with parts.engine.session():
+        rollouts = parts.engine.generate(held_out(parts), sampling, seed=7)
     sampled, exact = [], []
     for start in range(0, len(rollouts), BATCH):
         some = rollouts.take(range(start, min(start + BATCH, len(rollouts))))

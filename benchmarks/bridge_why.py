@@ -48,7 +48,8 @@ def at_step_0(objective: dict[str, Any] | None = None, **bridge: Any) -> Parts:
 def completions(parts: Parts) -> list[Rollouts]:
     """Micro-batches; the same for every run: same weights, same seed."""
     sampling = Sampling(temperature=1.0, max_new_tokens=80, samples=2)
-    rollouts = parts.method.teacher.annotate(parts.engine.generate(parts.prompts, sampling, seed=0))
+    with parts.engine.session():
+        rollouts = parts.method.teacher.annotate(parts.engine.generate(parts.prompts, sampling, seed=0))
     return split_by_tokens(rollouts, parts.recipe.micro_batch_tokens)
 
 
