@@ -21,6 +21,7 @@ from oprd.data.batching import split_by_tokens, student_batch
 from oprd.data.chat import render
 from oprd.demo.task import sums, write_jsonl
 from oprd.errors import ConfigError, DataError, TeacherMismatch, TrainingStopped
+from oprd.files import read_json
 from oprd.models.loading import ModelFacts
 from oprd.objectives import oprd_bridge
 from oprd.objectives.oprd_bridge import REACH, SURE, edit
@@ -464,7 +465,7 @@ def test_the_published_form_trains_and_leaves_nothing_of_the_bridge_in_the_stude
     run_recipe(parse_recipe(tree))
     stored = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert stored.config.hidden_size == 128
-    (told,) = json.loads((tmp_path / "objectives.json").read_text()).values()
+    (told,) = read_json(tmp_path / "objectives.json").values()
     assert [told[block]["rank"] for block in "1234"] == [8, 8, 8, 8]
 
 

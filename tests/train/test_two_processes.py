@@ -6,6 +6,7 @@ All runs of a kind share one `accelerate launch`, because starting two processes
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def launch(folder: Path, how: str, trees: dict[str, dict[str, Any]]) -> Launch:
     jobs = []
     for name, tree in trees.items():
         file = folder / name / "recipe.yaml"
-        file.parent.mkdir()
+        file.parent.mkdir(exist_ok=True)
         file.write_text(yaml.safe_dump(tree | {"output_dir": str(folder / name / "run")}))
         wrap = {"ddp": None, "fsdp2": "no_wrap" if name == "in one piece" else "transformer_based_wrap"}[how]
         jobs.append({"recipe": str(file), "wrap": wrap, "again": []})
@@ -132,6 +133,13 @@ def launch(folder: Path, how: str, trees: dict[str, dict[str, Any]]) -> Launch:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return Launch(folder=folder, errors=(folder / "errors.txt").read_text()[-6000:])
+
+
+def begun(run: Path, copy: Path, step: int) -> str:
+    """Copy a finished run to go on with after this step, as if it had not ended; the checkpoint."""
+    shutil.copytree(run, copy)
+    (copy / "result.json").unlink()
+    return str(copy / "checkpoints" / f"step-{step:06d}")
 
 
 GIVEN = {"source": {"type": "dataset"}, "max_completion_length": 48}
@@ -177,6 +185,9 @@ def trees(tmp_path_factory, train_file, held_out_file) -> dict[str, dict[str, An
             objective={"type": "nll"},
             rollout={"source": {"type": "rewrite"}, "group_size": 2, "max_completion_length": 48},
         ),
+        "moved": recipe(
+            unequal, objective=MIXTURE, save_steps=1, save_total_limit=3, **exact | {"max_steps": 3}, health_tokens=0
+        ),
         "search": recipe(
             write_completions(folder / "given.jsonl", train_file),
             rollout=GIVEN,
@@ -219,10 +230,20 @@ def alone(trees, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two(trees, tmp_path_factory):
+def two(trees, alone, tmp_path_factory):
     """The run of a recipe on two processes."""
     wanted = {
-        "ddp": ["mixture", "resumed", "omni", "rewrite", "bridge reverse_kl", "bridge published", "search", *FAMILIES],
+        "ddp": [
+            "mixture",
+            "resumed",
+            "omni",
+            "rewrite",
+            "bridge reverse_kl",
+            "bridge published",
+            "search",
+            "moved",
+            *FAMILIES,
+        ],
         "fsdp2": [
             "mixture",
             "resumed",
@@ -232,6 +253,7 @@ def two(trees, tmp_path_factory):
             "search",
             "in one piece",
             "recomputed",
+            "moved",
         ],
     }
     done: dict[str, Launch] = {}
@@ -239,7 +261,9 @@ def two(trees, tmp_path_factory):
     def run(how: str, name: str) -> Path:
         if how not in done:
             of_kind = {key: (trees | {"in one piece": trees["search"]})[key] for key in wanted[how]}
-            done[how] = launch(tmp_path_factory.mktemp(how), how, of_kind)
+            folder = tmp_path_factory.mktemp(how)
+            of_kind["moved"] |= {"resume_from_checkpoint": begun(alone("moved"), folder / "moved" / "run", step=1)}
+            done[how] = launch(folder, how, of_kind)
         return done[how].run(name)
 
     return run
@@ -277,6 +301,19 @@ def test_a_sampled_run_resumes_exactly(how, two):
     assert metrics(run) == metrics(first)
     ours, theirs = (load_file(folder / "student" / "adapter_model.safetensors") for folder in (run, first))
     assert_same_weights(ours, theirs, atol=0.0)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_a_run_goes_on_with_more_processes_and_with_fewer(how, alone, trees, two, tmp_path, capfd):
+    """Step 1 by one process, steps 2 and 3 by two; and after step 2 by one again: the same run on given completions."""
+    whole, more, fewer = alone("moved"), two(how, "moved"), tmp_path / "run"
+    checkpoint = begun(more, fewer, step=2)
+    run_recipe(parse_recipe(trees["moved"] | {"output_dir": str(fewer), "resume_from_checkpoint": checkpoint}))
+    for run in (more, fewer):
+        for a, b in zip(metrics(whole), metrics(run), strict=True):
+            assert a["train/loss/mean"] == pytest.approx(b["train/loss/mean"], rel=1e-5)
+        assert_same_weights(saved_student(whole), saved_student(run))
+    assert "The checkpoint is of 2 processes, this run has 1" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])

@@ -305,6 +305,12 @@ def _start(parts: Parts) -> Progress:
             progress, logs = Progress(**stored["progress"]), stored["logs"]
             if ranks.is_main:
                 console.print(f"{folder.path}: going on after step {progress.step}.")
+            if ranks.is_main and stored["processes"] != ranks.size:
+                console.print(
+                    f"The checkpoint is of {stored['processes']} processes, this run has {ranks.size}: each draws its own random "
+                    "numbers, so other tokens are sampled than would have been. Given completions are learned on as before.",
+                    style="yellow",
+                )
 
         def forget() -> None:
             kept = folder.logs_until(progress.step, logs)
@@ -323,7 +329,7 @@ def _start(parts: Parts) -> Progress:
 def _save(parts: Parts, progress: Progress) -> None:
     save_checkpoint(
         parts.folder.checkpoints, progress.step, parts.method.student, parts.ranks,
-        state=lambda: {"progress": asdict(progress), "logs": parts.folder.sync_logs()},
+        state=lambda: {"progress": asdict(progress), "logs": parts.folder.sync_logs(), "processes": parts.ranks.size},
         tensors=_tensors(parts), keep=parts.recipe.save_total_limit,
     )  # fmt: skip
 
