@@ -1,6 +1,5 @@
 """What differs between model families, as data. A new family is a row here and in the family test."""
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
@@ -49,20 +48,6 @@ NOT_SUPPORTED = {
 KERNEL_READS_OUT_PROJ = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
 """Model types whose Mamba kernel reads the weight of `out_proj` past its module, which an adapter would not change."""
 
-ROUTER_MARK = "Router"
-"""Part of the class name of linear layers that choose experts and give more than one tensor."""
-
-NORM_MARK = "Norm"
-"""Part of every normalisation layer's class name: RMSNorm, LayerNorm1P, RMSNormGated."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogitRule:
-    """Logits become softcap * tanh(scale * x / softcap), or scale * x without a softcap."""
-
-    scale: float
-    softcap: float | None
-
 
 def refuse_family(config: Any, name: str) -> None:
     """Raise ModelError if models of this config cannot be used."""
@@ -85,8 +70,9 @@ def without_router_losses(model: Any) -> None:
         text.output_router_logits = False
 
 
-def logit_rule(config: Any) -> LogitRule:
-    """What this model does to the output of its LM head."""
+def logit_rule(config: Any) -> tuple[float, float | None]:
+    """Scale and softcap of this model's logits: softcap * tanh(scale * x / softcap), or scale * x without a softcap, of the
+    LM head's output x."""
     text = config.get_text_config()
     scale, softcap = 1.0, None
     for name, kind in OWN_LOGIT_RULES.get(text.model_type, LOGIT_RULES):
@@ -97,7 +83,7 @@ def logit_rule(config: Any) -> LogitRule:
             softcap = float(value)
         else:
             scale = scale * value if kind == "multiply" else scale / value
-    return LogitRule(scale=scale, softcap=softcap)
+    return scale, softcap
 
 
 def find_body(model: PreTrainedModel) -> nn.Module:
@@ -135,7 +121,7 @@ def context_of(config: Any) -> tuple[int, str]:
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the text decoder's linear layers that can be adapted."""
+    """Names of the text decoder's linear layers that can be adapted: a `...Router` gives more than one tensor."""
     inside = {id(module) for module in find_decoder(model).modules()}
     fixed = "out_proj" if model.config.model_type in KERNEL_READS_OUT_PROJ else None
     return [
@@ -143,7 +129,7 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
         for name, module in model.named_modules()
         if id(module) in inside
         and isinstance(module, nn.Linear | Conv1D)
-        and ROUTER_MARK not in type(module).__name__
+        and "Router" not in type(module).__name__
         and name.rpartition(".")[2] != fixed
     ]
 
@@ -165,5 +151,5 @@ def starts_with_block_1(config: Any) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether this is a normalisation layer."""
-    return NORM_MARK in type(module).__name__
+    """Whether this is a normalisation layer, by its class name: RMSNorm, LayerNorm1P, RMSNormGated."""
+    return "Norm" in type(module).__name__

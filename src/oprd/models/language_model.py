@@ -100,10 +100,8 @@ class LanguageModel:
                 f"{self.name}: the LM head is {type(module).__name__}, not a plain linear map; "
                 "leave it out of LoRA's target_modules and modules_to_save, and out of quantization"
             )
-        rule = logit_rule(self.core.config)
-        return LMHead(
-            weight=module.weight, bias=module.bias, scale=rule.scale, softcap=rule.softcap, stops=self.pair_stops
-        )
+        scale, softcap = logit_rule(self.core.config)
+        return LMHead(weight=module.weight, bias=module.bias, scale=scale, softcap=softcap, stops=self.pair_stops)
 
     def tap(self, batch: Batch, taps: Taps) -> HiddenStates:
         """One forward pass that keeps the tapped hidden states, [N, D] each. Gradient flows where it is enabled.
