@@ -136,11 +136,11 @@ class AnyTeacherConfig(Section, ABC):
 
     @property
     def longest_wait_s(self) -> float:
-        """For all its answers of a step, where they have a limit."""
+        """For the answers of one teacher in a step, where they have a limit."""
         return 0.0
 
     def cache_bytes(self, tokens: int, logprobs: int) -> int:
-        """Of the file in the run folder that keeps the answers on so many tokens, with so many numbers for each."""
+        """Of the file in the run folder that keeps one teacher's answers on so many tokens, with so many numbers for each."""
         return 0
 
     @abstractmethod

@@ -70,13 +70,6 @@ class SeveralTeachersConfig(AnyTeacherConfig):
     def members(self) -> Mapping[str, AnyTeacherConfig]:
         return self.teachers
 
-    @property
-    def longest_wait_s(self) -> float:
-        return sum(config.longest_wait_s for config in self.teachers.values())  # they are asked one after the other
-
-    def cache_bytes(self, tokens: int, logprobs: int) -> int:
-        return max(config.cache_bytes(tokens, logprobs) for config in self.teachers.values())
-
     def facts(self, context: TeacherContext) -> TeacherFacts:
         """What every teacher provides. Raises TeacherMismatch where one in this process has another tokenizer."""
         members = {name: config.facts(context) for name, config in self.teachers.items()}

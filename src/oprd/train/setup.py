@@ -129,15 +129,14 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
     """The launcher's processes, in the recipe's precision. Raises ConfigError where each would train alone."""
     # accelerate keeps its first precision for the whole process; a second run in one process has its own recipe
     AcceleratorState._reset_state()
+    answers = sum(teacher.longest_wait_s for teacher in recipe.teacher.members.values())  # asked one after the other
     # the recipe says it all: a launcher's settings of precision and accumulation are not looked at
     accelerator = Accelerator(
         mixed_precision="bf16" if recipe.bf16 else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=list(recipe.report_to) or None,
         project_dir=recipe.output_dir,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=LONGEST_WAIT + timedelta(seconds=recipe.teacher.longest_wait_s))
-        ],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT + timedelta(seconds=answers))],
     )
     if recipe.bf16 and accelerator.distributed_type == DistributedType.FSDP and (fsdp := accelerator.state.fsdp_plugin):
         # accelerate's own policy sums gradients and hands out log-probabilities in bfloat16
@@ -352,5 +351,6 @@ def _cache_gib(recipe: Recipe, folder: RunFolder) -> float:
     rollout, cache = recipe.rollout, folder.teacher_cache
     tokens = recipe.max_steps * recipe.prompts_per_step * rollout.group_size * rollout.max_completion_length
     known = cache.stat().st_size if cache.is_file() else 0
-    most = recipe.teacher.cache_bytes(tokens, 1 + max(objective.top_k_of_teacher for objective in recipe.objective))
+    numbers = 1 + max(objective.top_k_of_teacher for objective in recipe.objective)
+    most = max(teacher.cache_bytes(tokens, numbers) for teacher in recipe.teacher.members.values())
     return max(0, most - known) / 2**30
