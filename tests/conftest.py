@@ -63,6 +63,10 @@ def smollm2(tmp_path_factory) -> Path:
     return folder
 
 
+def smollm2_tokenizer() -> Any:
+    return runpy.run_path(str(ROOT / "scripts" / "export_smollm2.py"))["tokenizer"]()
+
+
 @pytest.fixture(scope="session")
 def dapo() -> Path:
     path = DATA / "dapo_math_2k.jsonl"

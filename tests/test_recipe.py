@@ -56,7 +56,7 @@ def test_a_key_that_is_no_text_is_refused(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(BASE) + "10:05.08: x\n")
     for _ in range(5):
-        with pytest.raises(ConfigError, match="605.08"):
+        with pytest.raises(ConfigError, match=r"605\.08"):
             load_recipe(path)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import MODELS
+from conftest import MODELS, smollm2_tokenizer
 from oprd.data.alignment import UNSTABLE_TOKENS, Aligner, TokenBytes
 from oprd.data.chat import encode, end_of_turn, stop_ids
 from oprd.errors import TeacherMismatch
@@ -61,11 +61,11 @@ def _merges(tokenizer: Tokenizer) -> list:
 
 
 @pytest.fixture(scope="module")
-def tokenizers(smollm2):
+def tokenizers():
     return {
         "miniature": load_tokenizer(str(MODELS / "base")),
         "wide": load_tokenizer(str(MODELS / "wide_teacher")),
-        "smollm2": load_tokenizer(str(smollm2)),
+        "smollm2": smollm2_tokenizer(),
         "sentencepiece": sentencepiece(),
         "metaspace": metaspace(),
     }

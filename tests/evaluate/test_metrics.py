@@ -72,6 +72,7 @@ def test_a_k_beyond_the_samples_is_refused(k):
         metrics.pass_at_k(TABLE, k)
 
 
+@pytest.mark.slow
 def test_the_bootstrap_interval_covers_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(0)
     trials = 300

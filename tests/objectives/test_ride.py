@@ -68,6 +68,7 @@ def test_neither_teacher_nor_base_get_gradient(facts):
     assert all(h.grad is None for model in (teacher, base) for h in model.hidden.values())
 
 
+@pytest.mark.slow
 def test_a_run_at_lambda_1_gives_the_weights_of_oprd_and_the_initial_student_is_the_named_base(tmp_path, train_file):
     objectives = {
         "oprd": {"type": "oprd", "tokens": "all"},

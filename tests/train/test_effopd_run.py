@@ -149,6 +149,7 @@ def stop_after(step: int, monkeypatch) -> None:
     ],
     ids=["objective", "accuracy", "lora"],
 )
+@pytest.mark.slow
 def test_a_run_resumed_across_a_search_equals_the_uninterrupted_run(effopd, changes, tmp_path, train_file, monkeypatch):
     effopd = {"validation_prompts": 4, "score": "objective", "factors": [2.0, 4.0]} | effopd
     options = {"max_steps": 4, "save_steps": 3, "learning_rate": 1e-4, "extrapolation": effopd} | changes
