@@ -32,7 +32,7 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
 
 def slice_rows(vocabulary: int, device: torch.device) -> int:
     """Rows a row function sees at once: on a CPU few enough for its temporaries to stay in the cache."""
-    return max(1, (2**24 if device.type == "cuda" else 2**20) // vocabulary)
+    return max(1, (2**25 if device.type == "cuda" else 2**20) // vocabulary)
 
 
 def logits(hidden: Float[Tensor, "C D"], head: LMHead) -> Float[Tensor, "C V"]:

@@ -13,6 +13,8 @@ there. The teacher's is that of one spelling in tokens, a lower bound of the tex
 """
 
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Annotated, ClassVar, Literal, Self, cast
 
@@ -31,6 +33,11 @@ from oprd.section import Field, PositiveInt, Rate, Section
 from oprd.types import Capability, HiddenStates, LMHead, Rollouts, Targets
 
 C = Capability
+
+
+def has_kernel(logits: Tensor) -> bool:
+    """Whether the Triton kernel computes divergences of these logits."""
+    return logits.is_cuda and logits.dtype == torch.float32 and find_spec("triton") is not None
 
 
 class JSD(Section):
@@ -67,6 +74,9 @@ class _Distributions(_Divergence):
 
     def _exact(self, student: Float[Tensor, "C K"], teacher: Float[Tensor, "C K"]) -> Float[Tensor, " C"]:
         p, q = student / self.kl_temperature, teacher / self.kl_temperature
+        if has_kernel(p):
+            share = {"reverse_kl": 1.0, "forward_kl": 0.0}.get(self.metric, self._jsd_weight)
+            return import_module("oprd.losses.fused").divergence(p, q, share)
         if self.metric == "jsd":
             return divergences.jsd(p, q, self._jsd_weight)
         return divergences.reverse_kl(p, q) if self.metric == "reverse_kl" else divergences.forward_kl(p, q)
