@@ -278,6 +278,9 @@ OPERATIONAL = {
         "Recipe.micro_batch_tokens", "Recipe.packing", "RolloutConfig.engine", "EngineConfig.cache_tokens", "LocalTeacherConfig.device",
         "LocalTeacherConfig.quantization",
     },
+    "servers on other devices": {
+        "RolloutConfig.rollouts_ahead",
+    },
     "where vLLM is, and how far it is trusted": {
         "VLLMEngineConfig.urls", "VLLMEngineConfig.python", "VLLMEngineConfig.memory_share", "VLLMEngineConfig.timeout_s",
         "VLLMEngineConfig.max_logprob_difference",

@@ -46,11 +46,28 @@ class RolloutConfig(SamplingSection):
     """`{from: 64, steps: 200}`: completions grow from so many tokens to max_completion_length. None: no schedule."""
     updates_per_rollout: PositiveInt = 1
     """Optimizer updates on the completions of a step; all but the first are off-policy."""
+    rollouts_ahead: Literal[0, 1] = 0
+    """1: the completions of the next step are written while this one is learned on, by weights that are a step old. For an
+    engine on devices of its own."""
+
+    @property
+    def off_policy(self) -> bool:
+        """Updates are made on completions of earlier weights."""
+        return self.updates_per_rollout > 1 or self.rollouts_ahead > 0
 
     def length_at(self, step: int) -> int:
         """Most tokens of a completion at a step, counted from 1."""
         longest = self.max_completion_length
         return longest if self.length_schedule is None else round(self.length_schedule.between(longest, step))
+
+    @model_validator(mode="after")
+    def _check_ahead(self) -> Self:
+        if self.rollouts_ahead and not (self.engine.writes_ahead and self.source.writes_by_student):
+            raise ValueError(
+                "rollouts_ahead is 1, which is for completions that the student writes on devices of their own; set engine.urls "
+                f"(engine is {self.engine.type!r}, source {self.source.type!r}), or rollouts_ahead=0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_schedule(self) -> Self:

@@ -19,6 +19,7 @@ import yaml
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import MODELS, ROOT, load_miniature, miniature_recipe
 from oprd.algorithm import Distillation
@@ -38,7 +39,8 @@ from oprd.rollout.hf import HFEngine
 from oprd.rollout.vllm import VLLMEngine, VLLMEngineConfig
 from oprd.rollout.vllm_server import Server
 from oprd.train.checkpoint import find_checkpoint
-from oprd.train.loop import _updates
+from oprd.train.loop import train
+from oprd.train.rollouts import updates_on
 from oprd.train.run import run_recipe
 from oprd.train.setup import setup
 from oprd.types import ALL_TOKENS, HiddenSpec, Message, Prompt, Rollouts, Taps
@@ -235,10 +237,38 @@ def test_stale_updates_take_their_importance_weights_from_vllm(recipe):
     update = Distillation.update
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Distillation, "update", lambda self, r, *rest: seen.append(r) or update(self, r, *rest))
-        _updates(parts, rollouts, 1, Clock(torch.device("cpu")))
+        updates_on(parts, rollouts, 1, Clock(torch.device("cpu")))
         one = replace(parts, recipe=parse_recipe(tree))
-        _updates(one, rollouts, 1, Clock(torch.device("cpu")))
+        updates_on(one, rollouts, 1, Clock(torch.device("cpu")))
     assert [r.sampling_logprobs for r in seen] == [rollouts.sampling_logprobs] * 2 + [None]
+
+
+@vllm
+def test_rollouts_ahead_are_written_by_weights_a_step_old_and_weighted_by_their_log_probabilities(recipe, tmp_path):
+    tree = recipe(objective={"type": "opd_sampled"}, eval_steps=2, learning_rate=3e-4)
+    parts = setup(parse_recipe(tree | {"rollout": tree["rollout"] | {"rollouts_ahead": 1}}))
+    learned: list[tuple[Rollouts, torch.Tensor]] = []
+    update = Distillation.update
+
+    def spied(self, rollouts, step, clock):
+        learned.append((rollouts, own_logprobs(self.student.lm, rollouts)))
+        return update(self, rollouts, step, clock)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Distillation, "update", spied)
+        train(parts)
+    rows = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [row["rollout/staleness/last"] for row in rows] == [0, 1, 1, 1]
+    assert all(0 < row["rollout/logprob_difference/mean"] < 2e-5 for row in rows), "of what present weights write"
+    assert [[p.row for p in r.prompts[::2]] for r, _ in learned] == [
+        [p.row for p in parts.sampler.batch(i)] for i in range(4)
+    ]
+    assert learned[0][0].sampling_logprobs is None, "on-policy"
+    apart = [
+        float((torch.tensor([x for row in r.sampling_logprobs for x in row]) - own).abs().mean())
+        for r, own in learned[1:]
+    ]
+    assert all(difference > 1e-4 for difference in apart), "of the weights that sampled them, not of those that learn"
 
 
 @vllm
@@ -290,6 +320,21 @@ def test_of_a_student_with_an_adapter_the_adapter_alone_is_sent(tmp_path):
 
 
 @vllm
+def test_smollm2_writes_the_same_greedy_tokens(smollm2, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    lm = LanguageModel(model=model, tokenizer=AutoTokenizer.from_pretrained(smollm2), name="SmolLM2")
+    turns = [(Message(role="user", content=text),) for text in ("What is 12+34-5?", "Name a river in France.")]
+    asked = tuple(Prompt(row=i, messages=m, token_ids=render(lm.tokenizer, m)) for i, m in enumerate(turns))
+    engine, greedy = started(lm, tmp_path), Sampling(temperature=0.0, max_new_tokens=24)
+    try:
+        with engine.session():
+            written = engine.generate(asked, greedy, seed=0)
+    finally:
+        engine.close()
+    assert written.completion_ids == HFEngine(FrozenModel(lm)).generate(asked, greedy, seed=0).completion_ids
+
+
+@vllm
 def test_a_hanging_and_a_killed_engine_are_reported_with_their_last_words(tmp_path):
     lm = load_miniature("base")
     engine = started(lm, tmp_path)
@@ -325,3 +370,17 @@ def test_what_is_wrong_with_the_environment_is_said_before_anything_is_loaded(tm
         VLLMEngineConfig(python="/no/python").check(student, context(tmp_path))
     with pytest.raises(ServerError, match=r"no connection to vLLM at http://127.0.0.1:9"):
         VLLMEngineConfig(urls=("http://127.0.0.1:9",)).check(student, context(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "rollout",
+    [
+        {},
+        {"engine": {"type": "vllm"}},
+        {"engine": {"type": "vllm", "urls": ["http://a:1"]}, "source": {"type": "teacher"}},
+    ],
+)
+def test_rollouts_ahead_are_refused_where_nothing_can_write_beside_the_training(rollout, tmp_path, train_file):
+    tree = miniature_recipe(tmp_path / "run", train_file, rollout=rollout | {"rollouts_ahead": 1})
+    with pytest.raises(ConfigError, match=r"rollouts_ahead is 1, .* set engine.urls .* or rollouts_ahead=0"):
+        parse_recipe(tree)

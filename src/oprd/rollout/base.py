@@ -38,6 +38,9 @@ class RolloutEngine(ABC):
         stop token is marked unfinished; its text is as sampled, without an invented end.
         """
 
+    def write_ahead(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> None:  # noqa: B027
+        """Begin, with the weights of now, what `generate` will be asked for by these arguments in the next session."""
+
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """Around calls of `generate`, on every rank: weights as they are on entry, and memory for writing only inside."""
@@ -69,6 +72,11 @@ class EngineConfig(Section, ABC):
     """What generates the student's completions."""
 
     max_temperature: ClassVar[float] = math.inf
+
+    @property
+    def writes_ahead(self) -> bool:
+        """Can write while the student learns."""
+        return False
 
     cache_tokens: PositiveInt = 131_072
     """Tokens of the key-value cache: as many sequences are generated at once as fit it with their longest completions."""

@@ -51,6 +51,8 @@ class Source(Section, ABC):
     provides: ClassVar[frozenset[Capability]] = frozenset()
     writes_by_teacher: ClassVar[bool] = False
     """Asks the teacher for text."""
+    writes_by_student: ClassVar[bool] = False
+    """Starts with what the student writes, and may let it write a step ahead."""
 
     _context: SourceContext = PrivateAttr()
     _metrics: tuple[Metric, ...] = PrivateAttr(default=())
@@ -75,10 +77,16 @@ class Source(Section, ABC):
         """What the last step's rollouts have to report."""
         return self._metrics
 
+    def write_ahead(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> None:
+        """Let the student begin to write for a later step with the weights of now."""
+        self._context.engine.write_ahead(prompts, sampling, seed=self._seed(step))
+
     def _student_writes(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> Rollouts:
-        seed = derive_seed(self._context.seed, "rollout", step, self._context.rank)
         with self._context.engine.session():
-            return self._context.engine.generate(prompts, sampling, seed=seed)
+            return self._context.engine.generate(prompts, sampling, seed=self._seed(step))
+
+    def _seed(self, step: int) -> int:
+        return derive_seed(self._context.seed, "rollout", step, self._context.rank)
 
     def _dataset_writes(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollouts:
         """The dataset's completions, ended by the stop token unless they are too long."""
@@ -107,6 +115,8 @@ class StudentSource(Source):
     lambda_on_policy: Share = 1.0
     """Share of steps on the student's completions; the others are on the dataset's `completion` column (GKD)."""
 
+    writes_by_student: ClassVar[bool] = True
+
     @property
     def provides(self) -> frozenset[Capability]:  # type: ignore[override]
         return frozenset({Capability.ON_POLICY} if self.lambda_on_policy == 1 else {Capability.TEACHER_TEXT})
@@ -116,12 +126,20 @@ class StudentSource(Source):
             self._require_completions(prompts, f"rollout.source.lambda_on_policy is {self.lambda_on_policy}")
 
     def rollouts(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> tuple[Rollouts, Rollouts]:
-        draw = torch.Generator().manual_seed(derive_seed(self._context.seed, "lambda", step))
-        if float(torch.rand((), generator=draw)) < self.lambda_on_policy:
-            written = self._student_writes(prompts, sampling, step)
-        else:
-            written = self._dataset_writes(prompts, sampling)
+        written = (
+            self._student_writes(prompts, sampling, step)
+            if self._on_policy(step)
+            else self._dataset_writes(prompts, sampling)
+        )
         return written, written
+
+    def write_ahead(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> None:
+        if self._on_policy(step):
+            super().write_ahead(prompts, sampling, step)
+
+    def _on_policy(self, step: int) -> bool:
+        draw = torch.Generator().manual_seed(derive_seed(self._context.seed, "lambda", step))
+        return float(torch.rand((), generator=draw)) < self.lambda_on_policy
 
 
 class DatasetSource(Source):
@@ -199,6 +217,7 @@ class RewriteSource(_TeacherWrites):
     """
 
     type: Literal["rewrite"] = "rewrite"
+    writes_by_student: ClassVar[bool] = True
     prompt: str = (
         "Problem:\n{prompt}\n\nA solution by a student:\n{completion}\n\nRewrite this solution concisely. Keep the student's "
         "approach and final answer, even if it is wrong, and keep the form in which the answer is given. Leave out "

@@ -11,7 +11,8 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, cast, final
 
 import torch
@@ -63,6 +64,10 @@ class VLLMEngineConfig(EngineConfig):
     """The run stops where vLLM's log-probabilities of the sampled tokens differ by more from the student's own, in nats per
     token on average: it writes with other weights. None: 0.001 if the student computes in float32, 0.05 in bfloat16."""
 
+    @property
+    def writes_ahead(self) -> bool:
+        return bool(self.urls)
+
     def check(self, student: ModelFacts, context: EngineContext) -> None:
         if self.urls:
             for url in self.urls:
@@ -107,6 +112,9 @@ class VLLMEngine(RolloutEngine):
         """vLLM 0.32 on a CPU keeps a tied LM head as it was first loaded: it gets the head as a tensor of its own."""
         self._weights = context.folder / "weights"
         self._servers = [Server(url, config.timeout_s) for url in config.urls]
+        self._background = ThreadPoolExecutor(max_workers=1)
+        self._ahead: tuple[object, Future[Rollouts]] | None = None
+        """What is written for a later step: prompts, sampling and seed; the completions."""
 
     def at_once(self, tokens: int) -> int:
         return max(1, self._config.cache_tokens // tokens)
@@ -116,7 +124,16 @@ class VLLMEngine(RolloutEngine):
             for server in self._servers:
                 server.sleep(keep_weights=self._adapter)
 
+    def write_ahead(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> None:
+        self._ahead = (prompts, sampling, seed), self._background.submit(self._write, prompts, sampling, seed)
+
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> Rollouts:
+        if self._ahead is None or self._ahead[0] != (prompts, sampling, seed):
+            return self._write(prompts, sampling, seed)
+        (_, written), self._ahead = self._ahead, None
+        return replace(written.result(), staleness=1)
+
+    def _write(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> Rollouts:
         stops, servers, rank = self._model.lm.stop_ids, self._servers, self._context.ranks.rank
 
         def write(number: int) -> list[dict[str, Any]]:
@@ -135,10 +152,13 @@ class VLLMEngine(RolloutEngine):
         )
 
     def close(self) -> None:
+        self._background.shutdown(wait=False, cancel_futures=True)
         for server in self._servers:
             server.close()
 
     def sync_weights(self) -> None:
+        if self._ahead is not None:
+            wait([self._ahead[1]])  # a completion is written by one model
         weights, is_main = self._model.weights(), self._context.ranks.is_main
         self._together("save the student's weights", lambda: self._save(weights) if is_main else None)
         mine = is_main or not self._config.urls  # servers that ranks share are told once

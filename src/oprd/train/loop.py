@@ -4,21 +4,20 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Self
 
 import torch
 
-from oprd.algorithm import Update, mean_update
+from oprd.algorithm import mean_update
 from oprd.clock import Clock, peak_memory_gib
 from oprd.errors import Interrupted, ServerError, TrainingStopped
 from oprd.evaluate.evaluate import Evaluation, Evaluator
 from oprd.files import append_jsonl, read_json, write_json
 from oprd.progress import Bar, console, progress_bar
 from oprd.recipe import recipe_to_yaml
-from oprd.seeds import derive_seed
 from oprd.train.checkpoint import checkpoints, forget_after, load_checkpoint, save_checkpoint, whole_checkpoint
 from oprd.train.interrupt import Interrupt
 from oprd.train.metrics import (
@@ -30,6 +29,7 @@ from oprd.train.metrics import (
     some_samples,
     step_metrics,
 )
+from oprd.train.rollouts import few_fresh, sampling_at, updates_on, write_ahead
 from oprd.train.save import save_student, write_card
 from oprd.train.setup import Parts
 from oprd.train.validation import validate
@@ -159,16 +159,14 @@ def _step(parts: Parts, progress: Progress, bar: Bar) -> None:
     recipe, method, step = parts.recipe, parts.method, progress.step + 1
     start, clock = time.perf_counter(), Clock(parts.ranks.device)
     with clock.section("rollout"):
-        sampling = recipe.rollout.sampling(
-            samples=recipe.rollout.group_size, max_new_tokens=recipe.rollout.length_at(step)
-        )
-        written, rollouts = method.collect(parts.sampler.batch(step - 1), sampling, step)
-        compared = _compared(parts, written)
+        written, rollouts = method.collect(parts.sampler.batch(step - 1), sampling_at(parts, step), step)
+        compared = _compared(parts, few_fresh(parts, written, step) if written.staleness else written)
+        write_ahead(parts, step + 1)
     told = step == 1 and recipe.health_tokens and method.student.lm.pair_stops
     if told and (note := mass_on_stops(method, written)) and parts.ranks.is_main:
         console.print(note)
     learning_rate = method.student.learning_rate
-    updates = _updates(parts, rollouts, step, clock)
+    updates = updates_on(parts, rollouts, step, clock)
     update = mean_update(updates)
     progress.skipped_in_a_row = 0 if update.finite else progress.skipped_in_a_row + 1
     progress.skipped_steps += not update.finite
@@ -178,6 +176,8 @@ def _step(parts: Parts, progress: Progress, bar: Bar) -> None:
     if logged and recipe.health_tokens:
         metrics |= diagnostics(method, written, recipe.health_tokens)
     metrics["train/learning_rate/last"] = learning_rate
+    if recipe.rollout.rollouts_ahead:
+        metrics["rollout/staleness/last"] = written.staleness
     if len(updates) > 1:
         metrics["train/skipped_updates/sum"] = sum(not one.finite for one in updates)
     searched = _extrapolate(parts, step, clock)
@@ -207,23 +207,6 @@ def _compared(parts: Parts, written: Rollouts) -> dict[str, float]:
                 "not reach the engine, or it computes with another precision or another model"
             )
     return found
-
-
-def _updates(parts: Parts, rollouts: Rollouts, step: int, clock: Clock) -> list[Update]:
-    """The optimizer updates on one step's rollouts; all but the first are off-policy."""
-    method, count = parts.method, parts.recipe.rollout.updates_per_rollout
-    weighted = any(objective.importance_weighted for objective in method.student.objectives)
-    off_policy = count > 1 and weighted and rollouts.written_by == "student"
-    if not off_policy or method.student.lm.pair_stops:  # an engine does not count the ids that end a turn as one
-        rollouts = replace(rollouts, sampling_logprobs=None)
-    if off_policy and rollouts.sampling_logprobs is None:
-        with clock.section("update"):
-            rollouts = method.with_sampling_logprobs(rollouts)
-    updates = []
-    for number in range(count):
-        torch.manual_seed(derive_seed(parts.recipe.seed, "update", step, number, parts.ranks.rank))  # dropout, redraws
-        updates.append(method.update(rollouts, step, clock))
-    return updates
 
 
 def _extrapolate(parts: Parts, step: int, clock: Clock) -> dict[str, float]:

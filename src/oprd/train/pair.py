@@ -8,11 +8,13 @@ from operator import or_
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from oprd.data.chat import decode
 from oprd.distributed import Ranks
 from oprd.errors import ConfigError, TeacherMismatch
 from oprd.models.language_model import CausalLM
 from oprd.models.loading import ModelFacts
 from oprd.objectives.base import Objective, check_pair
+from oprd.progress import console
 from oprd.recipe import Recipe
 from oprd.student import InitialStudent
 from oprd.teacher.base import Needs, TeacherContext, TeacherFacts
@@ -54,14 +56,15 @@ def check_pairs(recipe: Recipe, objectives: tuple[Objective, ...], teacher: Teac
     for objective in objectives:
         check_pair(objective, teacher.provides | provided, why_not, kind)
         if (
-            rollout.updates_per_rollout > 1
+            rollout.off_policy
             and objective.importance_weighted
             and Capability.LOGPROBS in objective.requires
             and Capability.SAME_TOKENIZER not in teacher.provides
         ):
             raise ConfigError(
-                f"rollout.updates_per_rollout is {rollout.updates_per_rollout}, but the teacher has another tokenizer: "
-                "importance weights are taken by token, not by the span between two aligned tokens. Set it to 1"
+                f"rollout.updates_per_rollout is {rollout.updates_per_rollout} and rollouts_ahead {rollout.rollouts_ahead}, but "
+                "the teacher has another tokenizer: importance weights are taken by token, not by the span between two aligned "
+                "tokens. Set them to 1 and 0"
             )
 
 
@@ -104,6 +107,27 @@ def pair_stops(student: ModelFacts, teacher: TeacherFacts) -> tuple[int, ...]:
     """All stop ids of the student and of the local teachers with its tokenizer; none where all stop by the same."""
     stops = {frozenset(model.stop_ids) for model in _of_one_tokenizer(student, teacher)}
     return tuple(sorted(frozenset[int]().union(*stops))) if len(stops) > 1 else ()
+
+
+def check_stops(recipe: Recipe, objectives: tuple[Objective, ...], stops: tuple[int, ...]) -> None:
+    """Raise ConfigError for importance weights that nobody could tell: an engine does not count several stop ids as one."""
+    if stops and recipe.rollout.rollouts_ahead and any(objective.importance_weighted for objective in objectives):
+        raise ConfigError(
+            f"rollout.rollouts_ahead is 1, and student and teacher end their texts with different tokens ({list(stops)}), which "
+            "count as one: the engine's log-probabilities of them give no importance weights. Set rollouts_ahead=0"
+        )
+
+
+def tell_of_stops(student: ModelFacts, stops: tuple[int, ...]) -> None:
+    """Tell the user which ids end a turn, where student and teacher differ."""
+    if stops:
+        ends = decode(student.tokenizer, stops, special=True)
+        console.print(
+            f"Student and teacher end their texts with different tokens ({ends}): each of them ends a completion, and "
+            "objectives on next tokens count them as one.",
+            markup=False,
+            highlight=False,
+        )
 
 
 def pair_rows(student: ModelFacts, teacher: TeacherFacts) -> int:

@@ -16,7 +16,6 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitPr
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from oprd.algorithm import Distillation
-from oprd.data.chat import decode
 from oprd.data.prompts import MANY, Prompts, PromptSampler, in_order
 from oprd.distributed import Ranks
 from oprd.effopd import Extrapolation, validation_prompts
@@ -34,7 +33,7 @@ from oprd.student import InitialStudent, Student
 from oprd.teacher.base import Teacher, TeacherContext, TeacherFacts
 from oprd.teacher.local import LocalTeacher, Reference
 from oprd.train.checkpoint import find_checkpoint
-from oprd.train.pair import Given, check_pairs, pair_rows, pair_stops, teacher_context
+from oprd.train.pair import Given, check_pairs, check_stops, pair_rows, pair_stops, teacher_context, tell_of_stops
 from oprd.train.run_folder import RunFolder
 from oprd.types import Capability, Prompt, Taps
 from oprd.verify.pool import VerifierPool
@@ -83,7 +82,7 @@ def setup(recipe: Recipe, given: Given | None = None) -> Parts:
     checked = check(recipe, given, ranks, initial)
     ranks.wait()
     if ranks.is_main:
-        _tell_of_stops(checked)
+        tell_of_stops(checked.student, checked.context.pair_stops)
         for note in checked.prompts.notes:
             console.print(note)
     teacher = recipe.teacher.build(checked.teacher, checked.context)
@@ -190,6 +189,8 @@ def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -
     recipe.rollout.source.check_prompts(used)
     folder.check_prompts(prompts.digest(recipe.seed))
     _check_validation(recipe, objectives, teacher, prompts)
+    stops = pair_stops(student, teacher)
+    check_stops(recipe, objectives, stops)
     benchmarks = load_benchmarks(recipe.evaluation, student.tokenizer, **limits, trained_on=recipe.data)
     engine = engine_context(recipe, ranks, used, benchmarks)
     recipe.rollout.engine.check(student, engine)
@@ -199,7 +200,7 @@ def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -
         objectives=objectives,
         prompts=prompts,
         benchmarks=benchmarks,
-        context=replace(context, prompts=used, pair_stops=pair_stops(student, teacher)),
+        context=replace(context, prompts=used, pair_stops=stops),
         engine=engine,
     )
 
@@ -220,17 +221,6 @@ def _tell_of_contexts(ranks: Ranks, student: ModelFacts, teacher: TeacherFacts) 
             console.print(
                 f"{model.name}: prompt and completion have to fit {model.context} tokens; {model.context_reason}."
             )
-
-
-def _tell_of_stops(checked: Checked) -> None:
-    if stops := checked.context.pair_stops:
-        ends = decode(checked.student.tokenizer, stops, special=True)
-        console.print(
-            f"Student and teacher end their texts with different tokens ({ends}): each of them ends a completion, and "
-            "objectives on next tokens count them as one.",
-            markup=False,
-            highlight=False,
-        )
 
 
 def _load_student(
