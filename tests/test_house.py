@@ -276,10 +276,10 @@ OPERATIONAL = {
     },
     "what fits into memory": {
         "Recipe.micro_batch_tokens", "Recipe.packing", "RolloutConfig.engine", "EngineConfig.cache_tokens", "LocalTeacherConfig.device",
-        "LocalTeacherConfig.quantization",
+        "LocalTeacherConfig.quantization", "LocalTeacherConfig.offload", "StudentConfig.weights", "OptimizerSection.optim",
     },
-    "servers on other devices": {
-        "RolloutConfig.rollouts_ahead",
+    "what the GPU, its compiler and servers beside it make faster": {
+        "StudentConfig.torch_compile", "RolloutConfig.rollouts_ahead",
     },
     "where vLLM is, and how far it is trusted": {
         "VLLMEngineConfig.urls", "VLLMEngineConfig.python", "VLLMEngineConfig.memory_share", "VLLMEngineConfig.timeout_s",

@@ -121,8 +121,8 @@ class Recipe(OptimizerSection):
     """Padded positions of one forward and backward pass on one rank; a longer completion goes alone."""
     packing: bool = False
     """Read the completions of a micro-batch behind each other instead of padding them. Pays with flash attention."""
-    bf16: bool = False
-    """Compute in bfloat16 over float32 weights."""
+    bf16: bool | Literal["auto"] = "auto"
+    """Compute in bfloat16. auto: on a GPU that has it, not on a CPU or Apple's GPU; the run folder's recipe says which."""
     seed: Seed = 0
     """Every random number of the run follows from it."""
     max_skipped_steps: PositiveInt = 5
@@ -149,6 +149,16 @@ class Recipe(OptimizerSection):
             objective.check_lengths(shortest)
         if sum(objective.writes_scores for objective in self.objective) > 1:
             raise ValueError("a completion is audited once: use one objective 'omni_opd' in a recipe")
+        if self.bf16 is False and self.student.weights != "float32":
+            raise ValueError(
+                f"bf16 is false, but a model whose student.weights are {self.student.weights!r} computes in bfloat16; drop bf16, "
+                "or use float32"
+            )
+        if self.student.weights == "4bit" and not self.rollout.engine.runs_student:
+            raise ValueError(
+                f"student.weights is '4bit', but rollout.engine {self.rollout.engine.type!r} loads the whole base model and would "
+                "write as another model does; use bfloat16, or another engine"
+            )
         only_text = all(o.requires <= self.rollout.source.provides for o in self.objective)
         hottest = max(self.rollout.sampling_temperature, self.evaluation.sampling_temperature)
         if hottest > self.rollout.engine.max_temperature:

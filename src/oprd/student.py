@@ -17,12 +17,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
 
-from oprd.models.language_model import FrozenModel, LanguageModel, Model, evaluating, is_peft, train_mode
+from oprd.errors import ConfigError
+from oprd.models.language_model import FrozenModel, LanguageModel, Model, detached, evaluating, is_peft, train_mode
 from oprd.models.probe import freeze_unreached
+from oprd.models.quantization import require_bitsandbytes
 from oprd.objectives.base import Objective
 from oprd.section import NonNegativeFloat, PositiveFloat, Rate, Section, Share
+from oprd.seeds import derive_seed
 from oprd.types import Batch, HiddenStates, LMHead, Taps, Targets
 
 
@@ -63,6 +65,8 @@ class DistillModel(nn.Module):
 class OptimizerSection(Section):
     """AdamW and its schedule. Names follow transformers.TrainingArguments."""
 
+    optim: Literal["adamw_torch", "adamw_8bit"] = "adamw_torch"
+    """adamw_8bit holds the moments in 2 bytes a weight instead of 8, by bitsandbytes; not under FSDP."""
     learning_rate: Rate = 1e-5
     """The peak, after warm-up."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
@@ -75,6 +79,28 @@ class OptimizerSection(Section):
     """Added to the root of the second moment."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
+
+    def share_of_peak(self, done: int, updates: int) -> float:
+        """Of the learning rate, for the update behind `done` of all `updates`: never 0, at which an update does nothing."""
+        warmup = math.ceil(self.warmup_ratio * updates)
+        if self.lr_scheduler_type == "constant":
+            return 1.0
+        if done < warmup:
+            return (done + 1) / (warmup + 1)
+        if self.lr_scheduler_type == "constant_with_warmup":
+            return 1.0
+        left = (updates - done) / max(1, updates - warmup)
+        return max(0.0, left if self.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * (1 - left))))
+
+    def check_optimizer(self, weights: str, *, sharded: bool) -> None:
+        """Raise ConfigError for what cannot be, before anything is loaded. `weights`: how the student's are held."""
+        if self.optim == "adamw_8bit":
+            require_bitsandbytes("optim 'adamw_8bit'")
+        if sharded and (self.optim == "adamw_8bit" or weights != "float32"):
+            raise ConfigError(
+                f"optim is {self.optim!r} and student.weights {weights!r}, but FSDP shards float32 weights and their moments; "
+                "use adamw_torch and float32, or DDP"
+            )
 
 
 @final
@@ -100,27 +126,14 @@ class Student(Model):
         inner = DistillModel(lm, objectives)
         self.objectives, self.taps = inner.objectives, inner.taps
         freeze_unreached(lm, self.taps)
-        optimizer = torch.optim.AdamW(
-            [parameter for parameter in inner.parameters() if parameter.requires_grad],
-            lr=settings.learning_rate,
-            eps=settings.adam_epsilon,
-            weight_decay=settings.weight_decay,
-        )
-        wrapped, prepared = accelerator.prepare(inner, optimizer)
+        wrapped, prepared = accelerator.prepare(inner, _adamw(inner, settings))
         self.wrapper = cast(nn.Module, wrapped)
         if isinstance(self.wrapper, FSDPModule):
             for method in ("hidden", "evaluate", "generate"):
                 register_fsdp_forward_method(self.wrapper, method)
         self._inner = cast(DistillModel, accelerator.unwrap_model(self.wrapper, keep_torch_compile=False))
         self.optimizer: torch.optim.Optimizer = prepared.optimizer
-        rates = get_scheduler(
-            settings.lr_scheduler_type,
-            self.optimizer,
-            num_warmup_steps=math.ceil(settings.warmup_ratio * updates) + 1,
-            num_training_steps=updates + 1,
-        )
-        # transformers' warm-up starts at 0, at which an update does nothing: the first one here is its second
-        self.scheduler = LambdaLR(self.optimizer, lambda done: cast(LambdaLR, rates).lr_lambdas[0](done + 1))
+        self.scheduler = LambdaLR(self.optimizer, lambda done: settings.share_of_peak(done, updates))
 
     @property
     def learning_rate(self) -> float:
@@ -151,7 +164,7 @@ class Student(Model):
         """Update the weights and the learning rate unless `skip`, and drop the gradients."""
         if not skip:
             self.between_steps = False
-            self.optimizer.step()
+            _step(self.optimizer, seed=self.scheduler.last_epoch)
             self.scheduler.step()
         self.optimizer.zero_grad()
 
@@ -196,6 +209,45 @@ class Student(Model):
     def _entry(self) -> DistillModel:
         """Where forward methods are called: FSDP hooks them on the wrapper; DDP only hooks `forward`."""
         return cast(DistillModel, self.wrapper) if isinstance(self.wrapper, FSDPModule) else self._inner
+
+
+def _adamw(model: nn.Module, settings: OptimizerSection) -> torch.optim.Optimizer:
+    kind = torch.optim.AdamW
+    if settings.optim == "adamw_8bit":
+        from bitsandbytes.optim.adamw import AdamW8bit as kind  # takes seconds to import
+    return kind(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=settings.learning_rate,
+        eps=settings.adam_epsilon,
+        weight_decay=settings.weight_decay,
+    )
+
+
+@torch.no_grad()
+def _step(optimizer: torch.optim.Optimizer, seed: int) -> None:
+    """Update the weights; those in bfloat16 one tensor at a time in float32, rounded at random, on every rank alike."""
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    low = {p: p.grad for p in trained if p.dtype == torch.bfloat16}
+    for parameter in low:
+        parameter.grad = None
+    if not low or len(low) < len(trained):
+        optimizer.step()
+    optimizer.zero_grad()
+    for number, (parameter, gradient) in enumerate(low.items()):
+        parameter.data = parameter.data.float()
+        parameter.grad = cast(Tensor, gradient).float()
+        optimizer.step()  # of this one alone: the others have no gradient
+        parameter.grad = None
+        parameter.data = _rounded_at_random(parameter.data, derive_seed(seed, "rounding", number))
+
+
+def _rounded_at_random(x: Tensor, seed: int) -> Tensor:
+    """Float32 numbers in bfloat16, each up or down with the probability that keeps its mean."""
+    bits = x.view(torch.int32)
+    draw = torch.Generator(x.device).manual_seed(seed)
+    # a bfloat16 number is a float32 number without its last 16 bits
+    dither = torch.randint(0, 1 << 16, bits.shape, generator=draw, dtype=torch.int32, device=x.device)
+    return ((bits + dither) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
 @final
@@ -244,4 +296,4 @@ def _whole(head: LMHead) -> LMHead:
     parts = (head.weight, head.bias)
     weight, bias = (x.full_tensor() if isinstance(x, DTensor) else x for x in parts)
     assert weight is not None
-    return replace(head, weight=weight.detach(), bias=None if bias is None else bias.detach())
+    return detached(replace(head, weight=weight, bias=bias))

@@ -5,17 +5,17 @@ Hugging Face's models. The embedding output is never used.
 """
 
 import contextlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, cast, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,7 +24,12 @@ from oprd.errors import ModelError
 from oprd.models.families import find_blocks, find_body, find_decoder, logit_rule
 from oprd.types import Batch, HiddenSpec, HiddenStates, LMHead, Taps
 
-CausalLM = PreTrainedModel | PeftModel
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    CausalLM = PreTrainedModel | PeftModel
+else:  # peft takes seconds to import, bitsandbytes with it: it is imported where there is an adapter
+    CausalLM = nn.Module
 """A causal language model, alone or with an adapter."""
 
 
@@ -40,13 +45,15 @@ class LanguageModel:
     packs: bool = False
     """Reads the rows of a batch behind each other, without padding."""
 
+    computes_on: torch.device | None = None
+    """Where weights that wait in CPU memory are copied for every pass; None: they stay where they are."""
     rows: int | None = None
     """Ids from here on are never sampled: a partner has no row for them. None: all may be that the tokenizer has."""
 
     @property
     def core(self) -> PreTrainedModel:
         """The model without its PEFT wrapper; adapters stay inside its layers."""
-        return cast(PreTrainedModel, self.model.get_base_model()) if isinstance(self.model, PeftModel) else self.model
+        return cast(PreTrainedModel, cast(Any, self.model).get_base_model() if is_peft(self.model) else self.model)
 
     @property
     def backbone(self) -> nn.Module:
@@ -68,7 +75,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self.computes_on or next(self.model.parameters()).device
 
     @property
     def pad_id(self) -> int:
@@ -137,10 +144,15 @@ class LanguageModel:
     def block_of(self, spec: HiddenSpec) -> int:
         return self.num_blocks if spec.block == "last" else spec.block
 
-    def recompute_blocks(self) -> None:
-        """Keep the blocks' inputs alone for the backward pass, which runs them once more."""
+    def recompute_blocks(self, *, offload: bool = False) -> None:
+        """Keep the blocks' inputs alone for the backward pass, which runs them once more. `offload`: in CPU memory."""
         for block in self.blocks:
-            block.forward = partial(_recomputed, block.forward)
+            block.forward = partial(_recomputed, block.forward, offload)
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks' passes with gradient, once for all blocks of a class."""
+        for block in self.blocks:  # forward, not the module: hooks on a compiled module may be left out
+            block.forward = partial(_compiled, torch.compile(type(block).forward, dynamic=True), block)
 
     @property
     def _located(self) -> tuple[str, nn.ModuleList]:
@@ -203,38 +215,64 @@ class FrozenModel(Model):
 
     @torch.no_grad()
     def hidden(self, batch: Batch, taps: Taps) -> HiddenStates:
-        with evaluating(self.lm.model), self._autocast():
-            return self.lm.tap(batch, taps)
+        with self.in_place(), evaluating(self.lm.model), self._autocast():
+            states = self.lm.tap(batch, taps)
+            return replace(states, head=None if states.head is None else detached(states.head))
 
     @torch.no_grad()
     def generate(self, **kwargs: Any) -> Any:
-        with evaluating(self.lm.model), self._autocast():
+        with self.in_place(), evaluating(self.lm.model), self._autocast():
             return cast(Any, self.lm.model).generate(**kwargs)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, weights that wait in CPU memory are on the device where they compute."""
+        tensors = (*self.lm.model.parameters(), *self.lm.model.buffers()) if self.lm.computes_on else ()
+        waiting = [(x, x.data) for x in tensors]
+        for x, data in waiting:
+            x.data = data.to(self.lm.device, non_blocking=True, copy=True)
+        try:
+            yield
+        finally:
+            for x, data in waiting:
+                x.data = data
 
     def weights(self) -> dict[str, Tensor]:
         return self.lm.model.state_dict()
 
 
+def detached(head: LMHead) -> LMHead:
+    """The LM head without gradient, on the tensors of now: a model's own parameters may move."""
+    return replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
+
+
 def is_peft(model: nn.Module) -> bool:
     """Whether an adapter of PEFT is around or inside the model."""
-    return isinstance(model, PeftModel)
+    return (peft := sys.modules.get("peft")) is not None and isinstance(model, peft.PeftModel)
 
 
 def train_mode(model: nn.Module) -> None:
     """Training mode for adapters, whose dropout a recipe asks for, and evaluation mode for the rest: the model's own dropout
     and its routers' noise would give other states than the rollouts were sampled with."""
     model.eval()
+    if (peft := sys.modules.get("peft")) is None:
+        return
     for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
             module.train()
-            module.get_base_layer().eval()
+            cast(Any, module).get_base_layer().eval()
 
 
-def _recomputed(forward: Callable[..., object], *args: Any, **kwargs: Any) -> object:
+def _recomputed(forward: Callable[..., object], offload: bool, *args: Any, **kwargs: Any) -> object:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    # reentrant checkpointing would run the blocks without a graph, and the tapped states would get no gradient
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    with save_on_cpu(pin_memory=torch.cuda.is_available()) if offload else nullcontext():
+        # reentrant checkpointing would run the blocks without a graph, and the tapped states would get no gradient
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def _compiled(forward: Callable[..., object], block: nn.Module, *args: Any, **kwargs: Any) -> object:
+    return (forward if torch.is_grad_enabled() else type(block).forward)(block, *args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -1,18 +1,17 @@
 """From names to models: what a config says before weights are loaded, loading, and what two models have in common."""
 
 import copy
-import logging
+import os
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -40,6 +39,7 @@ from oprd.models.pretrained import (
     read_generation_config,
 )  # fmt: skip
 from oprd.models.probe import EVERYTHING, Use, check_family
+from oprd.models.quantization import Bits, keep_gradients, quantized, require_bitsandbytes
 from oprd.progress import console
 from oprd.section import Field, Listed, PositiveInt, Section
 from oprd.seeds import derive_seed
@@ -69,14 +69,22 @@ class LoraSection(Section):
 
 
 class StudentConfig(Section):
-    """The model that is trained. Its weights are held in float32; `bf16: true` computes in bfloat16."""
+    """The model that is trained."""
 
     model: str
     """Folder or Hub name. An adapter is trained on as it is, on the base model that it names."""
     lora: LoraSection | None = None
     """None: train all weights, or the adapter that `model` is."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    weights: Literal["float32", "bfloat16", "4bit"] = "float32"
+    """How the weights are held; in bfloat16 and 4bit the model computes in bfloat16, and neither works under FSDP. bfloat16 is
+    meant for the frozen base of an adapter. All weights can be trained in it too: an update is mostly smaller than the distance
+    of two bfloat16 numbers and would vanish, so it is computed in float32 and rounded up or down at random, its mean kept.
+    4bit: the frozen base of an adapter (QLoRA, NF4), by bitsandbytes."""
+    gradient_checkpointing: bool | Literal["offload"] = False
+    """Recompute activations in the backward pass: less memory, about a third more compute. offload: the inputs of the blocks,
+    from which they are recomputed, wait in CPU memory."""
+    torch_compile: bool = False
+    """Compile the blocks' forward and backward passes in the update. Rollouts and diagnostics run as they are."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention kernel, as transformers names it; auto: sdpa where the family has it, else eager."""
 
@@ -160,6 +168,18 @@ def student_facts(
             f"student.lora asks for a fresh adapter, but {facts.name!r} is an adapter already, which is trained on as it is; "
             "drop student.lora, or merge the adapter into its base first (PEFT's merge_and_unload)"
         )
+    if config.weights == "4bit":
+        require_bitsandbytes("student.weights '4bit'")
+        if given is not None or not (facts.adapter or config.lora is not None):
+            raise ConfigError(
+                "student.weights is '4bit', which holds the frozen base of an adapter and is loaded by name; set student.lora, "
+                "or use bfloat16"
+            )
+    compiler = os.environ.get("CXX", "g++")
+    if config.torch_compile and not shutil.which(compiler):
+        raise ConfigError(
+            f"student.torch_compile needs a C++ compiler, and there is no {compiler}; install one, or drop it"
+        )
     return facts
 
 
@@ -194,13 +214,17 @@ def tokenizer_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
 
 
 def load_student(config: StudentConfig, given: CausalLM | None = None, *, seed: int = 0) -> CausalLM:
-    """The student in float32, with its adapter if the recipe has one. `given` replaces loading by name, `seed` draws a new
-    adapter's weights."""
+    """The student with its adapter, which is in float32, if the recipe has one. `given` replaces loading by name, `seed` draws
+    a new adapter's weights."""
+    dtype = torch.float32 if config.weights == "float32" else torch.bfloat16
     if given is None:
         kernel = {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
-        model = load_weights(config.model, trainable=True, dtype=torch.float32, **kernel)
+        kernel |= quantized("4bit" if config.weights == "4bit" else None, dtype)
+        model = load_weights(config.model, trainable=True, dtype=dtype, **kernel)
+        if config.weights == "4bit":
+            keep_gradients(model)
     else:
-        model = given.float()
+        model = given.float() if config.weights == "float32" else cast(Any, given).to(dtype)
     check_finite(model, config.model)
     without_router_losses(model)
     if config.lora is not None:
@@ -220,25 +244,34 @@ def load_frozen(
     device: torch.device,
     *,
     dtype: torch.dtype,
-    quantization: Literal["8bit", "4bit"] | None = None,
+    held: Bits | Literal["in CPU memory"] | None = None,
     use: Use = EVERYTHING,
     pair_stops: tuple[int, ...] = (),
 ) -> FrozenModel:
-    """A model that is never trained, in its own dtype, checked in what is used of it."""
-    name = _name_of(model)
+    """A model that is never trained, in its own dtype, checked in what is used of it. `held`: quantized, or in CPU memory
+    between its passes."""
+    name, offload = _name_of(model), held == "in CPU memory"
+    bits = None if held == "in CPU memory" else held
     if isinstance(model, str):
-        loaded = load_weights(model, dtype=dtype, **_quantized(quantization))
+        loaded = load_weights(model, dtype=dtype, **quantized(bits, dtype))
         if not (use.taps.head or use.text):
             _drop_head(loaded)
-        loaded = loaded if quantization is not None else loaded.to(device)
+        loaded = loaded if held else loaded.to(device)
     else:  # one that Accelerate has spread over devices stays there
         loaded = model if getattr(model, "hf_device_map", None) else cast(Any, model).to(device)
     check_finite(loaded, name)
     without_router_losses(loaded)
     frozen = loaded.eval().requires_grad_(False)
-    lm = LanguageModel(model=frozen, tokenizer=tokenizer, name=name, pair_stops=pair_stops)
-    check_family(lm, use)
-    return FrozenModel(lm)
+    if offload and device.type == "cuda":
+        for weight in frozen.parameters():  # locked in memory: copied several times as fast
+            weight.data = weight.data.pin_memory()
+    lm = LanguageModel(
+        model=frozen, tokenizer=tokenizer, name=name, pair_stops=pair_stops, computes_on=device if offload else None
+    )
+    found = FrozenModel(lm)
+    with found.in_place():
+        check_family(lm, use)
+    return found
 
 
 def frozen_copy(
@@ -259,14 +292,6 @@ def check_finite(model: nn.Module, name: str) -> None:
             )
 
 
-def _quantized(bits: Literal["8bit", "4bit"] | None) -> dict[str, Any]:
-    if bits is None:
-        return {}
-    # it says once per layer and forward pass that inputs are cast, which is what was asked for
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    return {"quantization_config": BitsAndBytesConfig(load_in_8bit=bits == "8bit", load_in_4bit=bits == "4bit")}
-
-
 def _drop_head(model: PreTrainedModel) -> None:
     """Free an LM head that nothing reads, unless it is the embedding as well."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -274,7 +299,9 @@ def _drop_head(model: PreTrainedModel) -> None:
         model.set_output_embeddings(nn.Identity())
 
 
-def _add_lora(model: PreTrainedModel, config: LoraSection, seed: int) -> PeftModel:
+def _add_lora(model: PreTrainedModel, config: LoraSection, seed: int) -> CausalLM:
+    from peft import LoraConfig, get_peft_model  # takes seconds to import
+
     stacked, every = stacked_weights(model), config.target_modules == "all-linear"
     targets = linear_layers(model) if every else list(config.target_modules)
     experts = [t for t in targets if any(f".{name}".endswith(f".{t}") for name in stacked)]
@@ -291,7 +318,7 @@ def _add_lora(model: PreTrainedModel, config: LoraSection, seed: int) -> PeftMod
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "lora"))
-            return cast(PeftModel, get_peft_model(model, peft_config))
+            return get_peft_model(model, peft_config)
     except ValueError as error:
         raise ConfigError(f"student.lora: {in_short(error)}") from error
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -38,6 +37,8 @@ def load_weights(model: str, *, trainable: bool = False, **given: Any) -> Any:
     with naming(f"cannot load model {model!r}"):
         base = base_of(model)
         if base != model:  # trainable, it continues as an adapter
+            from peft import PeftModel  # takes seconds to import
+
             loaded = load_weights(base, **given)
             return PeftModel.from_pretrained(loaded, model, is_trainable=trainable, use_safetensors=True)
         loaded, info = auto_class(read_config(model)).from_pretrained(

@@ -72,6 +72,8 @@ class EngineConfig(Section, ABC):
     """What generates the student's completions."""
 
     max_temperature: ClassVar[float] = math.inf
+    runs_student: ClassVar[bool] = True
+    """The student itself writes, not another model that is sent its weights."""
 
     @property
     def writes_ahead(self) -> bool:

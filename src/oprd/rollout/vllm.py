@@ -50,6 +50,7 @@ class VLLMEngineConfig(EngineConfig):
     """vLLM, as a server that every process of the run starts beside itself, or as servers on other devices."""
 
     max_temperature: ClassVar[float] = 2.0
+    runs_student: ClassVar[bool] = False
 
     type: Literal["vllm"] = "vllm"
     urls: Listed[str] = ()

@@ -17,6 +17,7 @@ from oprd.models.generate import Sampling, generate
 from oprd.models.language_model import Model
 from oprd.models.loading import ModelFacts, load_frozen, missing_in_common
 from oprd.models.probe import Use, packing
+from oprd.models.quantization import require_bitsandbytes
 from oprd.progress import console
 from oprd.teacher.base import (
     Chains,
@@ -178,10 +179,19 @@ class LocalTeacherConfig(TeacherConfig):
     device: str | None = None
     """`cuda:1`; None: the student's."""
     quantization: Literal["8bit", "4bit"] | None = None
-    """bitsandbytes, through transformers."""
+    """bitsandbytes, through transformers; 4bit is NF4."""
+    offload: bool = False
+    """Its weights wait in CPU memory and are copied to the GPU for every pass: seconds for memory. Not if quantized."""
 
     def facts(self, context: TeacherContext) -> TeacherFacts:
-        given = context.given.get("model")
+        if self.quantization is not None:
+            require_bitsandbytes("teacher.quantization")
+        device, given = torch.device(self.device or context.device), context.given.get("model")
+        if self.offload and (self.quantization is not None or device.type == "cpu" or given is not None):
+            raise ConfigError(
+                "teacher.offload copies the weights of a teacher loaded by name from CPU memory to a GPU, and not quantized ones "
+                f"(here: on {device.type}, quantization {self.quantization}); drop it"
+            )
         tokenizer = context.given.get("tokenizer") or (context.student.tokenizer if given is not None else None)
         model = ModelFacts.read(given if given is not None else self.model, tokenizer)
         why_not = missing_in_common(context.student, model)
@@ -195,10 +205,11 @@ class LocalTeacherConfig(TeacherConfig):
         device = torch.device(self.device) if self.device else context.device
         model = load_frozen(
             context.given.get("model", self.model), facts.model.tokenizer, device, dtype=getattr(torch, self.dtype),
-            quantization=self.quantization, use=Use(taps=needs.taps | Taps(head=needs.diagnostics), text=needs.text),
+            held="in CPU memory" if self.offload else self.quantization, use=Use(taps=needs.taps | Taps(head=needs.diagnostics), text=needs.text),
             pair_stops=() if aligned else context.pair_stops,
         )  # fmt: skip
-        model.lm = packing(model.lm, context.packing)
+        with model.in_place():
+            model.lm = packing(model.lm, context.packing)
         return LocalTeacher(
             model, context=facts.model.context, same_shape=Capability.SAME_SHAPE in facts.provides,
             aligner=_aligner(context.student, facts.model) if aligned else None,

@@ -9,6 +9,7 @@ import contextlib
 import json
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -30,8 +31,8 @@ from oprd.student import Student
 _NAME = re.compile(r"step-(\d{6,})")
 _STUDENT = "student."
 """Prefix of a student's weight in a checkpoint."""
-_MOMENTS = {"step": lambda _: torch.zeros(()), "exp_avg": torch.zeros_like, "exp_avg_sq": torch.zeros_like}
-"""What AdamW keeps of a parameter."""
+_MOMENT = "optimizer."
+"""Prefix of what the optimizer keeps of a weight, followed by its name there and the weight's."""
 _FILE_BYTES = 2**31
 """Of tensors in one file, which is put together in memory."""
 
@@ -51,6 +52,8 @@ def save_checkpoint(
     if ranks.any_rank(ranks.is_main and (final / SUMS).is_file()):
         return
     stored = {name: value.detach().contiguous() for name, value in (_in_use(student) | tensors).items()}
+    # bitsandbytes gives all parameters one table, which safetensors refuses
+    stored |= {name: value.clone() for name, value in stored.items() if ".qmap" in name}
     ends = accumulate(value.nbytes for value in stored.values())
     files = {name: 1 + end // _FILE_BYTES for name, end in zip(stored, ends, strict=True)}
 
@@ -86,10 +89,13 @@ def save_checkpoint(
 def load_checkpoint(path: Path, student: Student, ranks: Ranks, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Put weights, optimizer and schedule back in place and write into `tensors`; returns the `state` stored with them."""
     reader = HuggingFaceStorageReader(str(path))
-    known = reader.read_metadata().state_dict_metadata
+    moments = defaultdict[str, dict[str, Any]](dict)  # before the first update there are none
+    for place, entry in reader.read_metadata().state_dict_metadata.items():
+        if place.startswith(_MOMENT):
+            _, key, name = place.split(".", 2)
+            moments[name][key] = entry
     for name, parameter in _trained(student).items():
-        # before the first update there are none
-        kept = {key: new(parameter) for key, new in _MOMENTS.items() if f"optimizer.{key}.{name}" in known}
+        kept = {key: _room(parameter, entry) for key, entry in moments[name].items()}
         student.optimizer.state[parameter] = kept
     with _plain_errors():
         load(_in_use(student) | tensors, storage_reader=reader, no_dist=ranks.size == 1)
@@ -209,10 +215,18 @@ def _in_use(student: Student) -> dict[str, Tensor]:
     """Trained weights and the optimizer's moments of them: the tensors in use, so that loading writes into them."""
     trained, moments = _trained(student), student.optimizer.state
     return trained | {
-        f"optimizer.{key}.{name}": value
+        f"{_MOMENT}{key}.{name}": torch.as_tensor(value)  # bitsandbytes counts steps in an integer
         for name, parameter in trained.items()
         for key, value in moments.get(parameter, {}).items()
     }
+
+
+def _room(parameter: Tensor, entry: Any) -> Tensor:
+    """Room for a stored tensor that the optimizer keeps of a parameter: sharded alike where it is of one shape."""
+    dtype = entry.properties.dtype
+    if entry.size == parameter.shape:
+        return torch.zeros_like(parameter, dtype=dtype)
+    return torch.zeros(entry.size, dtype=dtype, device=parameter.device if entry.size else "cpu")
 
 
 @contextlib.contextmanager

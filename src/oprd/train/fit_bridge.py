@@ -50,6 +50,7 @@ def fit_bridge(recipe: Recipe, given: Given | None = None) -> tuple[Path, dict[s
 def prepare_fit(recipe: Recipe, objective: BridgeObjective, given: Given) -> FitJob:
     """Check everything cheap, then load both models."""
     accelerator, rollout = open_accelerator(recipe), recipe.rollout
+    recipe = recipe.model_copy(update={"bf16": accelerator.mixed_precision == "bf16"})
     ranks, room = Ranks(accelerator), rollout.max_completion_length
     if ranks.size > 1:
         raise ConfigError(f"fit-bridge runs in one process, {ranks.size} were launched")

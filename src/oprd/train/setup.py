@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import reduce
 from operator import or_
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from oprd.algorithm import Distillation
@@ -78,6 +79,7 @@ def setup(recipe: Recipe, given: Given | None = None) -> Parts:
     """Check, ask, load, wrap. Raises an OprdError for what a user can mend."""
     given = given or Given()
     accelerator = open_accelerator(recipe)
+    recipe = recipe.model_copy(update={"bf16": accelerator.mixed_precision == "bf16"})
     ranks, initial = Ranks(accelerator), InitialStudent()
     checked = check(recipe, given, ranks, initial)
     ranks.wait()
@@ -128,16 +130,17 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
     """The launcher's processes, in the recipe's precision. Raises ConfigError where each would train alone."""
     # accelerate keeps its first precision for the whole process; a second run in one process has its own recipe
     AcceleratorState._reset_state()
-    answers = sum(teacher.longest_wait_s for teacher in recipe.teacher.members.values())  # asked one after the other
     # the recipe says it all: a launcher's settings of precision and accumulation are not looked at
     accelerator = Accelerator(
-        mixed_precision="bf16" if recipe.bf16 else "no",
+        mixed_precision="bf16" if _in_bf16(recipe) else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=list(recipe.report_to) or None,
         project_dir=recipe.output_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT + timedelta(seconds=answers))],
     )
-    if recipe.bf16 and accelerator.distributed_type == DistributedType.FSDP and (fsdp := accelerator.state.fsdp_plugin):
+    bf16 = accelerator.mixed_precision == "bf16"
+    if recipe.bf16 == "auto" and bf16 and accelerator.is_main_process:
+        console.print("Computing in bfloat16, which this GPU has; bf16=false computes in float32.")
+    if bf16 and accelerator.distributed_type == DistributedType.FSDP and (fsdp := accelerator.state.fsdp_plugin):
         # accelerate's own policy sums gradients and hands out log-probabilities in bfloat16
         fsdp.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
@@ -149,6 +152,19 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
             f"{accelerator.num_processes}); on a machine without a GPU set ACCELERATE_USE_CPU=true"
         )
     return accelerator
+
+
+def _in_bf16(recipe: Recipe) -> bool:
+    """Whether the student computes in bfloat16."""
+    answers = sum(teacher.longest_wait_s for teacher in recipe.teacher.members.values())  # asked one after the other
+    longest = LONGEST_WAIT + timedelta(seconds=answers)
+    device: Any = PartialState(timeout=longest).device  # the process group starts here
+    if recipe.bf16 == "auto":
+        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return on_gpu or recipe.student.weights != "float32"
+    if recipe.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError("bf16 is true, but this GPU does not support bfloat16; set bf16=false")
+    return recipe.bf16
 
 
 def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -> Checked:
@@ -167,8 +183,7 @@ def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -
         raise ConfigError(
             f"report_to names {missing[0]!r}, which is not installed; pip install {missing[0]}, or drop it"
         )
-    if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise ConfigError("bf16 is true, but this GPU does not support bfloat16; set bf16=false")
+    recipe.check_optimizer(recipe.student.weights, sharded=ranks.sharded)
     objectives = tuple(objective.bind(student) for objective in recipe.objective)
     if ranks.sharded and (student.adapter or recipe.student.lora is not None):
         _refuse_uneven_passes(recipe, objectives)
@@ -212,7 +227,9 @@ def engine_context(
     asked = [(prompts, recipe.rollout.max_completion_length)]
     asked += [(benchmark.prompts, recipe.evaluation.max_completion_length) for benchmark in benchmarks]
     tokens = max(len(prompt.token_ids) + most for some, most in asked for prompt in some)
-    return EngineContext(ranks=ranks, folder=RunFolder(recipe.output_dir).engine, bf16=recipe.bf16, tokens=tokens)
+    return EngineContext(
+        ranks=ranks, folder=RunFolder(recipe.output_dir).engine, bf16=recipe.bf16 is True, tokens=tokens
+    )
 
 
 def _tell_of_contexts(ranks: Ranks, student: ModelFacts, teacher: TeacherFacts) -> None:
@@ -237,8 +254,10 @@ def _load_student(
     )
     taps = reduce(or_, (objective.student_taps for objective in checked.objectives))
     check_family(lm, Use(taps=taps | Taps(head=recipe.health_tokens > 0)))
+    if recipe.student.torch_compile:
+        lm.compile_blocks()
     if recipe.student.gradient_checkpointing:
-        lm.recompute_blocks()
+        lm.recompute_blocks(offload=recipe.student.gradient_checkpointing == "offload")
     lm = packing(lm, recipe.packing)
     needed = _taps_initial(checked.objectives) or any(m.uses_initial_student for m in recipe.teacher.members.values())
     copy = (
@@ -272,7 +291,7 @@ def _refuse_uneven_passes(recipe: Recipe, objectives: tuple[Objective, ...]) -> 
 
 def _writer(recipe: Recipe, lm: LanguageModel, context: TeacherContext) -> FrozenModel | None:
     """A copy of the student that writes: in one piece where its weights are sharded, in bfloat16 where it computes so."""
-    if not recipe.bf16 and not context.sharded:
+    if recipe.student.weights != "float32" or not (recipe.bf16 or context.sharded):
         return None
     copy = frozen_copy(lm, context.device, contextlib.nullcontext)
     for parameter in copy.lm.model.parameters() if recipe.bf16 else ():
