@@ -228,7 +228,7 @@ def a_checkpoint_goes_on_bit_for_bit(accelerator: Accelerator) -> None:
         first, resumed = methods
         with tempfile.TemporaryDirectory() as folder:
             first.update(rollouts, 1, Clock(ranks.device))
-            save_checkpoint(Path(folder), 1, first.student, ranks, state={}, tensors={}, keep=1)
+            save_checkpoint(Path(folder), 1, first.student, ranks, state=dict, tensors={}, keep=1)
             first.update(rollouts, 2, Clock(ranks.device))
             load_checkpoint(Path(folder) / "step-000001", resumed.student, ranks, tensors={})
             resumed.update(rollouts, 2, Clock(ranks.device))

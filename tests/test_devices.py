@@ -11,8 +11,8 @@ from conftest import MODELS, ROOT, load_miniature, miniature_recipe
 from oprd.models import loading
 from oprd.models.loading import load_frozen
 from oprd.recipe import load_recipe, parse_recipe
+from oprd.train.accelerator import _in_bf16
 from oprd.train.run import run_recipe
-from oprd.train.setup import _in_bf16
 
 FILES = sorted((ROOT / "src" / "oprd").rglob("*.py"))
 MOMENTS = "moments.py"
@@ -50,7 +50,7 @@ def test_a_teacher_given_as_an_object_goes_to_the_device_that_is_asked_for(monke
     ],
 )  # fmt: skip
 def test_auto_computes_in_bfloat16_on_a_gpu_that_has_it(asked, device, has_it, expected, monkeypatch):
-    monkeypatch.setattr("oprd.train.setup.PartialState", lambda **_: SimpleNamespace(device=torch.device(device)))
+    monkeypatch.setattr("oprd.train.accelerator.PartialState", lambda **_: SimpleNamespace(device=torch.device(device)))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_it)
     assert _in_bf16(parse_recipe(miniature_recipe("run", "prompts.jsonl", bf16=asked))) is expected
 

@@ -47,12 +47,10 @@ class RolloutConfig(SamplingSection):
     updates_per_rollout: PositiveInt = 1
     """Optimizer updates on the completions of a step; all but the first are off-policy."""
     rollouts_ahead: Literal[0, 1] = 0
-    """1: the completions of the next step are written while this one is learned on, by weights that are a step old. For an
-    engine on devices of its own."""
+    """1: the next step's completions are written during this one's updates, by an engine on devices of its own."""
 
     @property
     def off_policy(self) -> bool:
-        """Updates are made on completions of earlier weights."""
         return self.updates_per_rollout > 1 or self.rollouts_ahead > 0
 
     def length_at(self, step: int) -> int:
@@ -150,14 +148,14 @@ class Recipe(OptimizerSection):
         if sum(objective.writes_scores for objective in self.objective) > 1:
             raise ValueError("a completion is audited once: use one objective 'omni_opd' in a recipe")
         if self.bf16 is False and self.student.weights != "float32":
-            raise ValueError(
-                f"bf16 is false, but a model whose student.weights are {self.student.weights!r} computes in bfloat16; drop bf16, "
-                "or use float32"
+            given = (
+                f"bf16 is false, but a model whose student.weights are {self.student.weights!r} computes in bfloat16"
             )
+            raise ValueError(f"{given}; drop bf16, or use float32")
         if self.student.weights == "4bit" and not self.rollout.engine.runs_student:
             raise ValueError(
-                f"student.weights is '4bit', but rollout.engine {self.rollout.engine.type!r} loads the whole base model and would "
-                "write as another model does; use bfloat16, or another engine"
+                f"student.weights is '4bit', but rollout.engine {self.rollout.engine.type!r} loads the whole base model; use bfloat16, "
+                "or another engine"
             )
         only_text = all(o.requires <= self.rollout.source.provides for o in self.objective)
         hottest = max(self.rollout.sampling_temperature, self.evaluation.sampling_temperature)

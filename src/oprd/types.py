@@ -146,8 +146,7 @@ class Rollouts:
     """A server's log-probabilities of each completion; None for those of a local teacher among several."""
     max_new_tokens: int | None = None
     """Length limit they were written under, where known."""
-    staleness: int = 0
-    """Steps that were learned between the weights that wrote them and those that learn on them."""
+    staleness: int = 0  # steps learned since the weights that wrote them
 
     def __post_init__(self) -> None:
         sizes = {len(self.prompts), len(self.completion_ids), len(self.finished)}

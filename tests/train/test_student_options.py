@@ -86,7 +86,7 @@ def test_a_resumed_student_goes_on_as_if_it_had_not_stopped(options, tmp_path, t
     first, resumed = (setup(parse_recipe(tree)) for _ in range(2))
     for _ in range(2):
         update(first)
-    save_checkpoint(tmp_path, 2, first.method.student, first.ranks, state={}, tensors={}, keep=1)
+    save_checkpoint(tmp_path, 2, first.method.student, first.ranks, state=dict, tensors={}, keep=1)
     update(first)
     load_checkpoint(tmp_path / "step-000002", resumed.method.student, resumed.ranks, tensors={})
     assert any(not torch.equal(x, weights(first)[name]) for name, x in weights(resumed).items())

@@ -18,8 +18,9 @@ from oprd.recipe import Recipe
 from oprd.seeds import derive_seed
 from oprd.student import InitialStudent
 from oprd.teacher.local import LocalTeacher
+from oprd.train.accelerator import open_accelerator
 from oprd.train.pair import Given, check_pairs, teacher_context
-from oprd.train.setup import engine_context, open_accelerator
+from oprd.train.setup import engine_context
 from oprd.types import Prompt, Rollouts
 
 MAX_RANK = 4096

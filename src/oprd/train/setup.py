@@ -1,20 +1,14 @@
 """From a recipe to the parts of a run: everything cheap is checked first, then servers are asked, then models are loaded."""
 
 import contextlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import reduce
 from operator import or_
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
-from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from oprd.algorithm import Distillation
 from oprd.data.prompts import MANY, Prompts, PromptSampler, in_order
@@ -33,15 +27,12 @@ from oprd.rollout.sources import SourceContext
 from oprd.student import InitialStudent, Student
 from oprd.teacher.base import Teacher, TeacherContext, TeacherFacts
 from oprd.teacher.local import LocalTeacher, Reference
+from oprd.train.accelerator import open_accelerator
 from oprd.train.checkpoint import find_checkpoint
 from oprd.train.pair import Given, check_pairs, check_stops, pair_rows, pair_stops, teacher_context, tell_of_stops
 from oprd.train.run_folder import RunFolder
 from oprd.types import Capability, Prompt, Taps
 from oprd.verify.pool import VerifierPool
-
-LONGEST_WAIT = timedelta(hours=3)
-"""For another rank, beside its wait for a teacher's server. Torch's 10 minutes would end a run whose completions are long on
-one rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,47 +117,6 @@ def setup(recipe: Recipe, given: Given | None = None) -> Parts:
     )
 
 
-def open_accelerator(recipe: Recipe) -> Accelerator:
-    """The launcher's processes, in the recipe's precision. Raises ConfigError where each would train alone."""
-    # accelerate keeps its first precision for the whole process; a second run in one process has its own recipe
-    AcceleratorState._reset_state()
-    # the recipe says it all: a launcher's settings of precision and accumulation are not looked at
-    accelerator = Accelerator(
-        mixed_precision="bf16" if _in_bf16(recipe) else "no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        log_with=list(recipe.report_to) or None,
-        project_dir=recipe.output_dir,
-    )
-    bf16 = accelerator.mixed_precision == "bf16"
-    if recipe.bf16 == "auto" and bf16 and accelerator.is_main_process:
-        console.print("Computing in bfloat16, which this GPU has; bf16=false computes in float32.")
-    if bf16 and accelerator.distributed_type == DistributedType.FSDP and (fsdp := accelerator.state.fsdp_plugin):
-        # accelerate's own policy sums gradients and hands out log-probabilities in bfloat16
-        fsdp.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
-        )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise ConfigError(
-            f"{launched} processes were launched, but each would train alone (accelerate sees "
-            f"{accelerator.num_processes}); on a machine without a GPU set ACCELERATE_USE_CPU=true"
-        )
-    return accelerator
-
-
-def _in_bf16(recipe: Recipe) -> bool:
-    """Whether the student computes in bfloat16."""
-    answers = sum(teacher.longest_wait_s for teacher in recipe.teacher.members.values())  # asked one after the other
-    longest = LONGEST_WAIT + timedelta(seconds=answers)
-    device: Any = PartialState(timeout=longest).device  # the process group starts here
-    if recipe.bf16 == "auto":
-        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return on_gpu or recipe.student.weights != "float32"
-    if recipe.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ConfigError("bf16 is true, but this GPU does not support bfloat16; set bf16=false")
-    return recipe.bf16
-
-
 def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -> Checked:
     """Everything that can be known before weights are loaded. Raises an OprdError for the first thing that is wrong."""
     folder = RunFolder(recipe.output_dir)
@@ -204,8 +154,7 @@ def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -
     recipe.rollout.source.check_prompts(used)
     folder.check_prompts(prompts.digest(recipe.seed))
     _check_validation(recipe, objectives, teacher, prompts)
-    stops = pair_stops(student, teacher)
-    check_stops(recipe, objectives, stops)
+    check_stops(recipe, objectives, pair_stops(student, teacher))
     benchmarks = load_benchmarks(recipe.evaluation, student.tokenizer, **limits, trained_on=recipe.data)
     engine = engine_context(recipe, ranks, used, benchmarks)
     recipe.rollout.engine.check(student, engine)
@@ -215,7 +164,7 @@ def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -
         objectives=objectives,
         prompts=prompts,
         benchmarks=benchmarks,
-        context=replace(context, prompts=used, pair_stops=stops),
+        context=replace(context, prompts=used, pair_stops=pair_stops(student, teacher)),
         engine=engine,
     )
 

@@ -1,0 +1,60 @@
+"""The processes of a launcher, in the recipe's precision."""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from oprd.errors import ConfigError
+from oprd.progress import console
+from oprd.recipe import Recipe
+
+LONGEST_WAIT = timedelta(hours=3)
+"""For another rank, beside its wait for a teacher's server. Torch's 10 minutes would end a run whose completions are long on
+one rank."""
+
+
+def open_accelerator(recipe: Recipe) -> Accelerator:
+    """The launcher's processes, in the recipe's precision. Raises ConfigError where each would train alone."""
+    # accelerate keeps its first precision for the whole process; a second run in one process has its own recipe
+    AcceleratorState._reset_state()
+    # the recipe says it all: a launcher's settings of precision and accumulation are not looked at
+    accelerator = Accelerator(
+        mixed_precision="bf16" if _in_bf16(recipe) else "no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        log_with=list(recipe.report_to) or None,
+        project_dir=recipe.output_dir,
+    )
+    bf16 = accelerator.mixed_precision == "bf16"
+    if recipe.bf16 == "auto" and bf16 and accelerator.is_main_process:
+        console.print("Computing in bfloat16, which this GPU has; bf16=false computes in float32.")
+    if bf16 and accelerator.distributed_type == DistributedType.FSDP and (fsdp := accelerator.state.fsdp_plugin):
+        # accelerate's own policy sums gradients and hands out log-probabilities in bfloat16
+        fsdp.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ConfigError(
+            f"{launched} processes were launched, but each would train alone (accelerate sees "
+            f"{accelerator.num_processes}); on a machine without a GPU set ACCELERATE_USE_CPU=true"
+        )
+    return accelerator
+
+
+def _in_bf16(recipe: Recipe) -> bool:
+    """Whether the student computes in bfloat16."""
+    answers = sum(teacher.longest_wait_s for teacher in recipe.teacher.members.values())  # asked one after the other
+    longest = LONGEST_WAIT + timedelta(seconds=answers)
+    device: Any = PartialState(timeout=longest).device  # the process group starts here
+    if recipe.bf16 == "auto":
+        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return on_gpu or recipe.student.weights != "float32"
+    if recipe.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError("bf16 is true, but this GPU does not support bfloat16; set bf16=false")
+    return recipe.bf16
