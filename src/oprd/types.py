@@ -172,7 +172,7 @@ class Rollouts:
         return replace(self, **{name: _take(getattr(self, name), rows) for name in PER_COMPLETION})
 
 
-PER_COMPLETION = tuple(f.name for f in fields(Rollouts) if f.name not in {"written_by", "max_new_tokens"})
+PER_COMPLETION = tuple(f.name for f in fields(Rollouts) if f.name not in {"written_by", "max_new_tokens", "staleness"})
 
 
 def _take(values: tuple[Any, ...] | None, rows: Sequence[int]) -> tuple[Any, ...] | None:
