@@ -73,13 +73,14 @@ def setup(recipe: Recipe, given: Given | None = None) -> Parts:
     recipe = recipe.model_copy(update={"bf16": accelerator.mixed_precision == "bf16"})
     ranks, initial = Ranks(accelerator), InitialStudent()
     checked = check(recipe, given, ranks, initial)
+    folder = _open_folder(recipe, checked)
     ranks.wait()
     if ranks.is_main:
         tell_of_stops(checked.student, checked.context.pair_stops)
         for note in checked.prompts.notes:
             console.print(note)
     teacher = recipe.teacher.build(checked.teacher, checked.context)
-    student = _load_student(recipe, given, checked, accelerator, initial)
+    student = build_student(recipe, given, checked, accelerator, initial)
     for objective in checked.objectives:
         objective.check_models(student.lm, teacher.model.lm if isinstance(teacher, LocalTeacher) else None)
     verifier, rollout = VerifierPool(), recipe.rollout
@@ -93,7 +94,7 @@ def setup(recipe: Recipe, given: Given | None = None) -> Parts:
     method = Distillation(
         source=source,
         teacher=teacher,
-        reference=_reference(checked, initial, teacher, ranks.device),
+        reference=build_reference(checked, initial, teacher, ranks.device),
         student=student,
         ranks=ranks,
         micro_batch_tokens=recipe.micro_batch_tokens,
@@ -106,7 +107,7 @@ def setup(recipe: Recipe, given: Given | None = None) -> Parts:
         recipe=recipe,
         accelerator=accelerator,
         ranks=ranks,
-        folder=RunFolder(recipe.output_dir),
+        folder=folder,
         method=method,
         engine=engine,
         prompts=checked.prompts,
@@ -118,12 +119,9 @@ def setup(recipe: Recipe, given: Given | None = None) -> Parts:
 
 
 def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -> Checked:
-    """Everything that can be known before weights are loaded. Raises an OprdError for the first thing that is wrong."""
-    folder = RunFolder(recipe.output_dir)
+    """Everything that can be known before weights are loaded, the run folder aside. Raises an OprdError for the first thing
+    that is wrong."""
     student = student_facts(recipe.student, given.student, given.tokenizer)
-    folder.check(recipe, needed_gib=_disk_gib(recipe, student) + _cache_gib(recipe, folder))
-    if recipe.resume_from_checkpoint is not None:
-        find_checkpoint(folder.checkpoints, recipe.resume_from_checkpoint)
     if recipe.prompts_per_step % ranks.size:
         raise ConfigError(
             f"prompts_per_step is {recipe.prompts_per_step}, the processes are {ranks.size}; make it a multiple"
@@ -152,7 +150,6 @@ def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -
     places = max(recipe.max_steps * recipe.prompts_per_step, MANY)
     used = prompts.prepare(in_order(range(min(places, len(prompts))), len(prompts), recipe.seed))
     recipe.rollout.source.check_prompts(used)
-    folder.check_prompts(prompts.digest(recipe.seed))
     _check_validation(recipe, objectives, teacher, prompts)
     check_stops(recipe, objectives, pair_stops(student, teacher))
     benchmarks = load_benchmarks(recipe.evaluation, student.tokenizer, **limits, trained_on=recipe.data)
@@ -167,6 +164,16 @@ def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -
         context=replace(context, prompts=used, pair_stops=pair_stops(student, teacher)),
         engine=engine,
     )
+
+
+def _open_folder(recipe: Recipe, checked: Checked) -> RunFolder:
+    """The run folder. Raises an OprdError unless the run can begin there, or go on."""
+    folder = RunFolder(recipe.output_dir)
+    folder.check(recipe, needed_gib=_disk_gib(recipe, checked.student) + _cache_gib(recipe, folder))
+    if recipe.resume_from_checkpoint is not None:
+        find_checkpoint(folder.checkpoints, recipe.resume_from_checkpoint)
+    folder.check_prompts(checked.prompts.digest(recipe.seed))
+    return folder
 
 
 def engine_context(
@@ -189,7 +196,7 @@ def _tell_of_contexts(ranks: Ranks, student: ModelFacts, teacher: TeacherFacts) 
             )
 
 
-def _load_student(
+def build_student(
     recipe: Recipe, given: Given, checked: Checked, accelerator: Accelerator, initial: InitialStudent
 ) -> Student:
     """The student in its wrapper; `initial` is attached where anything is tapped off it or written by it."""
@@ -248,7 +255,7 @@ def _writer(recipe: Recipe, lm: LanguageModel, context: TeacherContext) -> Froze
     return copy
 
 
-def _reference(checked: Checked, initial: Model, teacher: Teacher, device: torch.device) -> Reference | None:
+def build_reference(checked: Checked, initial: Model, teacher: Teacher, device: torch.device) -> Reference | None:
     """The model of hidden states before training; None where no objective taps it. One by name is compared with the
     teacher, so it computes in the teacher's precision."""
     wanted = {o.reference for o in checked.objectives if o.reference_taps.hidden}
