@@ -201,7 +201,7 @@ def test_an_offloaded_teacher_computes_elsewhere_and_its_weights_stay_at_home(tm
         ({"student": {"model": BASE, "weights": "4bit"}}, "student.weights is '4bit', .* set student.lora, or use bfloat16"),
         (
             {"student": {"model": BASE, "lora": {}, "weights": "4bit"}, "rollout": {"engine": {"type": "vllm"}}},
-            "'4bit', but rollout.engine 'vllm' loads the whole base model .* use bfloat16, or another engine",
+            "'4bit', but rollout.engine 'vllm' loads the whole base model; use bfloat16, or another engine",
         ),
         ({"student": {"model": BASE, "weights": "bfloat16"}, "bf16": False}, "bf16 is false, but .* drop bf16, or use float32"),
         ({"teacher": {"type": "local", "model": BASE, "offload": True}}, r"teacher.offload .*\(here: on cpu, quantization None\)"),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, parse_flag_from_env
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from oprd.errors import ConfigError
@@ -51,7 +51,8 @@ def _in_bf16(recipe: Recipe) -> bool:
     """Whether the student computes in bfloat16."""
     answers = sum(teacher.longest_wait_s for teacher in recipe.teacher.members.values())  # asked one after the other
     longest = LONGEST_WAIT + timedelta(seconds=answers)
-    device: Any = PartialState(timeout=longest).device  # the process group starts here
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # which Accelerator looks at, and its state does not
+    device: Any = PartialState(cpu=on_cpu, timeout=longest).device  # the process group starts here
     if recipe.bf16 == "auto":
         on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return on_gpu or recipe.student.weights != "float32"

@@ -145,13 +145,15 @@ def _rescue(parts: Parts, progress: Progress) -> Iterator[None]:
             except Exception as also:
                 console.print(f"Step {progress.step} could not be saved ({also}).")
         saved = checkpoints(parts.folder.checkpoints)
-        if not stopped or not saved:
+        if not stopped:
             console.print(f"The last checkpoint is {saved[-1]}." if saved else "There is no checkpoint yet.")
             raise
-        raise TrainingStopped(
-            f"{str(error).rstrip('.')}. Stopped before step {progress.step + 1}; a checkpoint is in {saved[-1]}. "
-            "Go on with resume_from_checkpoint=latest"
-        ) from error
+        kept = (
+            f"a checkpoint is in {saved[-1]}. Go on with resume_from_checkpoint=latest"
+            if saved
+            else "there is no checkpoint yet"
+        )
+        raise TrainingStopped(f"{str(error).rstrip('.')}. Stopped before step {progress.step + 1}; {kept}") from error
 
 
 def _step(parts: Parts, progress: Progress, bar: Bar) -> None:
