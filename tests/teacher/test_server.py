@@ -596,3 +596,17 @@ def test_smollm2_behind_a_server_teaches_three_steps_on_real_problems(smollm2, d
             assert all(asked) if name == "omni" else sum(asked) >= 3
             assert all(row["teacher/lost/sum"] == 0 for row in rows)
     assert all(row["omni/audited/share"] > 0.3 for row in metrics(tmp_path / "omni"))
+
+
+def test_many_processes_open_one_cache_at_once(tmp_path):
+    code = "import sys; from pathlib import Path; from oprd.teacher.exchange import UsageLog\n" + (
+        "input(); [UsageLog(Path(sys.argv[1]) / str(i), ('', '', int(sys.argv[2]))) for i in range(40)]"
+    )
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(rank)], stdin=subprocess.PIPE, text=True)
+        for rank in range(4)
+    ]
+    for process in started:
+        process.stdin.write("\n")
+        process.stdin.close()
+    assert [process.wait() for process in started] == [0] * 4

@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -109,12 +110,24 @@ class UsageLog:
         with self._errors():
             # opened in one thread, used in another
             self._database = sqlite3.connect(file, timeout=60.0, check_same_thread=False)
+            self._share()
             self._database.executescript(
-                "PRAGMA journal_mode=WAL; CREATE TABLE IF NOT EXISTS responses (key TEXT PRIMARY KEY, body BLOB);"
+                "CREATE TABLE IF NOT EXISTS responses (key TEXT PRIMARY KEY, body BLOB);"
                 "CREATE TABLE IF NOT EXISTS usage (run TEXT, teacher TEXT, rank INTEGER, requests INTEGER, "
                 "prompt INTEGER, completion INTEGER, PRIMARY KEY (run, teacher, rank));"
             )
         self.close = self._database.close
+
+    def _share(self) -> None:
+        """Let several processes use the file at once. SQLite does not wait here for another that does the same."""
+        for attempt in range(1200):
+            try:
+                self._database.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or attempt == 1199:
+                    raise
+                time.sleep(0.05)
 
     def find(self, key: str | None) -> Response | None:
         """The response kept under a key; None too if what is kept is damaged."""

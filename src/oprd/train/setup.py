@@ -79,7 +79,7 @@ def setup(recipe: Recipe, given: Given | None = None) -> Parts:
         tell_of_stops(checked.student, checked.context.pair_stops)
         for note in checked.prompts.notes:
             console.print(note)
-    teacher = recipe.teacher.build(checked.teacher, checked.context)
+    teacher = ranks.together(lambda: recipe.teacher.build(checked.teacher, checked.context))
     student = build_student(recipe, given, checked, accelerator, initial)
     for objective in checked.objectives:
         objective.check_models(student.lm, teacher.model.lm if isinstance(teacher, LocalTeacher) else None)
