@@ -598,15 +598,24 @@ def test_smollm2_behind_a_server_teaches_three_steps_on_real_problems(smollm2, d
     assert all(row["omni/audited/share"] > 0.3 for row in metrics(tmp_path / "omni"))
 
 
-def test_many_processes_open_one_cache_at_once(tmp_path):
-    code = "import sys; from pathlib import Path; from oprd.teacher.exchange import UsageLog\n" + (
-        "input(); [UsageLog(Path(sys.argv[1]) / str(i), ('', '', int(sys.argv[2]))) for i in range(40)]"
+def test_processes_open_one_cache_at_the_same_moment(tmp_path):
+    """In lockstep, by the clock: SQLite refuses a second process that makes the file a shared one, and does not wait."""
+    code = (
+        "import sys, time; from pathlib import Path; from oprd.teacher.exchange import UsageLog\n"
+        "begin = float(input())\n"
+        "for i in range(60):\n"
+        "    time.sleep(max(0.0, begin + 0.03 * i - time.time()))\n"
+        "    UsageLog(Path(sys.argv[1]) / str(i), ('', '', int(sys.argv[2]))).close()"
     )
     started = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(rank)], stdin=subprocess.PIPE, text=True)
-        for rank in range(4)
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path), str(rank)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for rank in range(2)
     ]
     for process in started:
-        process.stdin.write("\n")
+        process.stdin.write(f"{time.time() + 4}\n".encode())
         process.stdin.close()
-    assert [process.wait() for process in started] == [0] * 4
+    assert [process.wait() for process in started] == [0, 0]
+    for process in started:
+        process.stdout.close()
