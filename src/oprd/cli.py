@@ -1,17 +1,20 @@
-"""The command line: demo | train | fit-bridge | eval | report | show-config | schema."""
+"""The command line: demo | train | plan | fit-bridge | eval | report | show-config | schema."""
 
 import os
 import re
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
 from oprd.errors import DiskError, Interrupted, OprdError, TrainingStopped
 from oprd.progress import console
+
+if TYPE_CHECKING:
+    from oprd.recipe import Recipe
 
 # commands import what they need when they run: torch takes seconds, and `oprd --help` does without it
 HELP = "On-policy distillation: the student writes, the teacher answers, the student learns."
@@ -28,6 +31,10 @@ DemoFolder = Annotated[Path, typer.Option(help="Folder of the two runs; an inter
 DemoSeed = Annotated[int, typer.Option(min=0, max=2**32 - 1)]
 Page = Annotated[Path, typer.Option(help="The page to write.")]
 
+DeviceName = Annotated[str, typer.Option(help="Of the table in plan/devices.yaml, or its memory in GB.")]
+Processes = Annotated[int, typer.Option(min=1, help="Devices, one process each.")]
+Sharded = Annotated[bool, typer.Option("--sharded", help="The student's weights are sharded over them (FSDP2).")]
+
 EXIT_USER_ERROR, EXIT_STOPPED = 2, 3
 
 
@@ -43,6 +50,31 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
             interval = f"[{row.avg_at_k_low:.3f}, {row.avg_at_k_high:.3f}]"
             print(f"{row.benchmark} avg@{row.samples} {row.avg_at_k:.3f} {interval}")
         print(f"student: {done.run_folder / 'student'}")
+
+
+@app.command()
+def plan(
+    recipe: RecipePath, overrides: Overrides = None, device: DeviceName = "h100", processes: Processes = 1,
+    sharded: Sharded = False,
+) -> None:  # fmt: skip
+    """Say whether a run fits a device, what would help, and the least time a step takes. Loads no weights, needs no GPU."""
+    from oprd.plan.plan import Place, find_device, largest_budget, plan_recipe, table, what_helps
+    from oprd.recipe import load_recipe
+
+    place = Place(device=find_device(device), processes=processes, sharded=sharded)
+    found = plan_recipe(load_recipe(recipe, overrides or []), place)
+    console.print(table(found))
+    memory = f"{found.peak_gb:.1f} of {place.device.memory_gb:g} GB on {place.device.name}"
+    console.print(f"{memory}: {'fits' if found.fits else 'does not fit'}", highlight=False)
+
+    def load(more: list[str]) -> "Recipe":
+        return load_recipe(recipe, [*(overrides or []), *more])
+
+    for line in () if found.fits else what_helps(load, found):
+        console.print(line, highlight=False, markup=False)
+    console.print(f"largest micro_batch_tokens that fits: {largest_budget(load, found)}", highlight=False)
+    least = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in found.seconds.items())
+    console.print(f"a step takes at least: {least}", highlight=False)
 
 
 @app.command("fit-bridge")

@@ -34,10 +34,10 @@ class Ranks:
         return mine if self.size == 1 else cast(Tensor, self._accelerator.gather(mine.to(self.device))).cpu()
 
     def sum(self, row: Sequence[float]) -> list[float]:
-        return self.all_gather(row).sum(0).tolist()
+        return list(map(float, row)) if self.size == 1 else self.all_gather(row).sum(0).tolist()
 
     def max(self, value: float) -> float:
-        return float(self.all_gather([value]).max())
+        return float(value) if self.size == 1 else float(self.all_gather([value]).max())
 
     def any_rank(self, flag: bool) -> bool:
         """True on every rank if it is true on one."""

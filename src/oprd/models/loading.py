@@ -37,6 +37,7 @@ from oprd.models.pretrained import (
     naming,
     read_config,
     read_generation_config,
+    shapes_only,
 )  # fmt: skip
 from oprd.models.probe import EVERYTHING, Use, check_family
 from oprd.models.quantization import Bits, keep_gradients, quantized, require_bitsandbytes
@@ -278,7 +279,12 @@ def frozen_copy(
     lm: LanguageModel, device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> FrozenModel:
     """The same weights, apart and frozen, computing under `autocast` as the model does."""
-    model = copy.deepcopy(lm.model).eval().requires_grad_(False).to(cast(Any, device))
+    # torch's own copy of a tensor breaks where it has no content
+    tensors = (*lm.model.parameters(), *lm.model.buffers()) if shapes_only() else ()
+    copies = {
+        id(x): nn.Parameter(y) if isinstance(x, nn.Parameter) else y for x in tensors for y in [torch.empty_like(x)]
+    }
+    model = copy.deepcopy(lm.model, copies).eval().requires_grad_(False).to(cast(Any, device))
     return FrozenModel(replace(lm, model=model, name=f"{lm.name} before training"), autocast)
 
 

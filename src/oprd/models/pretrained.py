@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from torch._guards import detect_fake_mode
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -32,16 +33,27 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
             return load_tokenizer(base)
 
 
+def shapes_only() -> bool:
+    """Whether tensors are made without content here, as `oprd plan` does: no file is read and nothing is compared."""
+    return detect_fake_mode() is not None
+
+
 def load_weights(model: str, *, trainable: bool = False, **given: Any) -> Any:
     """The model of a folder or Hub name, an adapter on its base. `given` goes to `from_pretrained`. No pickle is read."""
     with naming(f"cannot load model {model!r}"):
         base = base_of(model)
         if base != model:  # trainable, it continues as an adapter
-            from peft import PeftModel  # takes seconds to import
+            from peft import PeftConfig, PeftModel, get_peft_model  # takes seconds to import
 
             loaded = load_weights(base, **given)
+            if shapes_only():
+                return get_peft_model(loaded, PeftConfig.from_pretrained(model))
             return PeftModel.from_pretrained(loaded, model, is_trainable=trainable, use_safetensors=True)
-        loaded, info = auto_class(read_config(model)).from_pretrained(
+        config = read_config(model)
+        if shapes_only():
+            given.pop("quantization_config", None)
+            return auto_class(config).from_config(config, trust_remote_code=False, **given)
+        loaded, info = auto_class(config).from_pretrained(
             model, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **given
         )
         if missing := sorted(info["missing_keys"]):

@@ -15,6 +15,7 @@ from oprd.losses.chunked import logits
 from oprd.models.families import starts_with_block_1
 from oprd.models.generate import bare_generation_config, left_padded
 from oprd.models.language_model import LanguageModel, evaluating
+from oprd.models.pretrained import shapes_only
 from oprd.progress import console
 from oprd.types import ALL_TOKENS, Batch, HiddenSpec, Taps
 
@@ -45,6 +46,8 @@ def check_family(lm: LanguageModel, use: Use) -> None:
     """Raise ModelError naming the model type unless, on a few tokens: the states we tap from padded rows are the model's own
     of each row alone, also where only the first blocks run; our head gives its logits; and what it writes from padded
     prompts with its cache is what whole forward passes say."""
+    if shapes_only():
+        return
     core, name = lm.core, f"{lm.name} ({lm.core.config.model_type})"
     with evaluating(lm.model):
         try:
@@ -75,6 +78,8 @@ def check_family(lm: LanguageModel, use: Use) -> None:
 @torch.no_grad()
 def check_bf16(lm: LanguageModel, writer: LanguageModel, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
     """Raise ModelError unless a few tokens can be read under `autocast`, and written by the copy in bfloat16."""
+    if shapes_only():
+        return
     try:
         with evaluating(lm.model), autocast():
             lm.tap(_batch(lm, _rows(lm, NEW)), Taps(hidden=(_spec(lm.num_blocks),)))
@@ -88,7 +93,7 @@ def check_bf16(lm: LanguageModel, writer: LanguageModel, autocast: Callable[[], 
 
 def packing(lm: LanguageModel, wanted: bool) -> LanguageModel:
     """The model that packs rows if that is wanted and it can; a line to the user where it cannot."""
-    able = wanted and packs(lm)
+    able = wanted and (shapes_only() or packs(lm))
     if wanted and not able:
         console.print(f"{lm.name} cannot read several rows packed into one; its rows are padded.")
     return replace(lm, packs=able)

@@ -83,6 +83,11 @@ class EngineConfig(Section, ABC):
     cache_tokens: PositiveInt = 131_072
     """Tokens of the key-value cache: as many sequences are generated at once as fit it with their longest completions."""
 
+    @property
+    def device_share(self) -> float:
+        """Share of the student's device that it holds by itself while it writes."""
+        return 0.0
+
     def check(self, student: ModelFacts, context: EngineContext) -> None:
         """Raise an OprdError for what cannot work, on every rank, before weights are loaded."""
 

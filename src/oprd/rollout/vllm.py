@@ -69,6 +69,10 @@ class VLLMEngineConfig(EngineConfig):
     def writes_ahead(self) -> bool:
         return bool(self.urls)
 
+    @property
+    def device_share(self) -> float:
+        return 0.0 if self.urls else self.memory_share
+
     def check(self, student: ModelFacts, context: EngineContext) -> None:
         if self.urls:
             for url in self.urls:

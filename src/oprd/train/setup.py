@@ -9,6 +9,7 @@ from operator import or_
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from torch import nn
 
 from oprd.algorithm import Distillation
 from oprd.data.prompts import MANY, Prompts, PromptSampler, in_order
@@ -250,8 +251,10 @@ def _writer(recipe: Recipe, lm: LanguageModel, context: TeacherContext) -> Froze
     if recipe.student.weights != "float32" or not (recipe.bf16 or context.sharded):
         return None
     copy = frozen_copy(lm, context.device, contextlib.nullcontext)
-    for parameter in copy.lm.model.parameters() if recipe.bf16 else ():
-        parameter.data = parameter.data.to(torch.bfloat16)
+    if recipe.bf16:  # not the buffers, whose precision rotary embeddings need
+        small = {p: nn.Parameter(p.to(torch.bfloat16), requires_grad=False) for p in copy.lm.model.parameters()}
+        for module in copy.lm.model.modules():
+            module._parameters.update({name: small[p] for name, p in module._parameters.items() if p is not None})
     return copy
 
 

@@ -1,0 +1,271 @@
+"""One step of a recipe on tensors without content: its own code and models, with memory and FLOPs by part."""
+
+import gc
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast, final
+from unittest.mock import patch
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import masking_utils
+
+from oprd.algorithm import Distillation
+from oprd.clock import Clock
+from oprd.data.batching import rows_by_tokens
+from oprd.distributed import Ranks
+from oprd.models.language_model import Model, evaluating
+from oprd.plan.meter import Meter, without_content
+from oprd.recipe import Recipe
+from oprd.rollout.sources import Source
+from oprd.student import InitialStudent, Student
+from oprd.teacher.base import Chains, Generations, Teacher
+from oprd.train.pair import Given
+from oprd.train.setup import Checked, build_reference, build_student
+from oprd.types import Capability, LogprobTargets, Prompt, Rollouts, Taps, Targets, TokenAlignment
+
+WEIGHTS, GRADIENTS, OPTIMIZER, FROZEN = "student's weights", "gradients", "optimizer", "frozen models"
+STATES, ACTIVATIONS, LOSS, BACKWARD = "teacher's states", "activations", "loss and LM heads", "backward pass"
+CACHE, SAMPLING = "key-value cache", "sampling"
+COPIES = 6
+"""Of a token's logits, in float32, between the forward pass and the sampled token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulated:
+    """A step of one process whose completions are all as long as allowed."""
+
+    update: Counter[str]
+    """Bytes by part where teacher and update hold most."""
+    rollout: Counter[str]
+    """Bytes by part where the student, or an evaluation of it, holds most while it writes."""
+    flops: Counter[str]
+    """`teacher` and `update` of the whole step; `token`: of one more token of every completion that is written at once."""
+    micro_batches: int
+    at_once: int
+    """Completions that are written together in training."""
+    completions: int
+    longest: int
+    """Tokens of the longest prompt and the longest completion of training together."""
+    read: int
+    """Bytes that are read to write one token: the writing model, and the cache when it is half full."""
+    gathered: int
+    """Bytes of weights that a sharded student holds whole at once: its largest block, and what stands outside the blocks."""
+
+
+def simulate(recipe: Recipe, checked: Checked, accelerator: Accelerator, processes: int) -> Simulated:
+    """Load, write a token and update once, as one of so many processes."""
+    meter = Meter()
+    with without_content(), meter:
+        with meter.part(FROZEN):
+            method = load(recipe, checked, accelerator)
+        gc.collect()  # the checks at load leave circles
+        student = method.student
+        meter.move([*student.lm.model.parameters(), *student.lm.model.buffers()], WEIGHTS)
+        with meter.part(OPTIMIZER):
+            fill_optimizer(student)
+        rollout, flops, at_once, read = _write(recipe, checked, student, meter, processes)
+        step = longest_step(recipe, checked, student, processes)
+        micros = rows_by_tokens(step, recipe.micro_batch_tokens, packed=student.lm.packs)
+        clock = _Parts(meter, accelerator.device)
+        with _watched(meter, student), _masks(packed=student.lm.packs):
+            meter.forget_peak()
+            method.update(step.take([row for rows in micros[:2] for row in rows]), 1, clock)
+    for name, count in clock.flops.items():
+        flops[name] = round(count * len(micros) / min(2, len(micros)))
+    return Simulated(
+        update=meter.peak,
+        rollout=rollout,
+        flops=flops,
+        micro_batches=len(micros),
+        at_once=at_once,
+        completions=len(step),
+        longest=max(step.positions),
+        read=read,
+        gathered=_gathered(student),
+    )
+
+
+@contextmanager
+def _masks(*, packed: bool) -> Iterator[None]:
+    """transformers makes a mask for tensors without content; for real ones only where rows are packed."""
+    with patch.object(masking_utils, "is_tracing", lambda *_: packed):
+        yield
+
+
+def load(recipe: Recipe, checked: Checked, accelerator: Accelerator) -> Distillation:
+    """The models of a step, as setup loads them; nobody writes."""
+    initial = InitialStudent()
+    checked = replace(checked, context=replace(checked.context, initial_student=initial))
+    teacher = _teacher(recipe, checked)
+    student = build_student(recipe, Given(), checked, accelerator, initial)
+    return Distillation(
+        source=_Nobody(), teacher=teacher, student=student, ranks=Ranks(accelerator),
+        reference=build_reference(checked, initial, teacher, accelerator.device),
+        micro_batch_tokens=recipe.micro_batch_tokens,
+    )  # fmt: skip
+
+
+def fill_optimizer(student: Student) -> None:
+    """The optimizer's state, as after the first step."""
+    for parameter in student.wrapper.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    student.optimizer.step()
+    student.optimizer.zero_grad()
+
+
+def _teacher(recipe: Recipe, checked: Checked) -> Teacher:
+    """The teacher, of several the first one in reach; all in reach are held."""
+    facts = checked.teacher.members or {"": checked.teacher}
+    built = [
+        recipe.teacher.members[name].build(facts[name], checked.context, name)
+        for name in facts
+        if Capability.HIDDEN in facts[name].provides
+    ]
+    return _Told(built)
+
+
+@final
+class _Told(Teacher):
+    """The first of the teachers in reach; without one, what a server has said."""
+
+    def __init__(self, teachers: Sequence[Teacher]) -> None:
+        self.teachers = teachers
+
+    def targets(self, rollouts: Rollouts, taps: Taps) -> Targets:
+        if self.teachers:
+            return self.teachers[0].targets(rollouts, taps)
+        given = rollouts.logprobs or ()
+        names = ("sampled", "top_ids", "top_logprobs")
+        joined = (
+            {name: torch.cat([getattr(x, name) for x in given if x is not None]) for name in names} if given else {}
+        )
+        return Targets(logprobs=LogprobTargets(**joined) if joined else None)
+
+    def generate(self, chains: Chains) -> Generations:
+        return [[None] * len(chain) for chain in chains]
+
+
+@final
+class _Nobody(Source):
+    """Nothing is written: the step gets its completions."""
+
+    def rollouts(self, prompts: Any, sampling: Any, step: int) -> tuple[Rollouts, Rollouts]:
+        raise NotImplementedError
+
+
+@final
+class _Parts(Clock):
+    """Parts and FLOPs of the sections of an update."""
+
+    def __init__(self, meter: Meter, device: torch.device) -> None:
+        super().__init__(device)
+        self._meter = meter
+        self.flops: Counter[str] = Counter()
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        before = self._meter.flops
+        with self._meter.part({"teacher": STATES}.get(name, BACKWARD)):
+            yield
+        self.flops[name] += self._meter.flops - before
+
+
+@contextmanager
+def _watched(meter: Meter, student: Student) -> Iterator[None]:
+    """Tell the parts of the student's update apart."""
+    body, wrapper, optimizer = student.lm.backbone, student.wrapper, student.optimizer
+    trained = [parameter for parameter in wrapper.parameters() if parameter.requires_grad]
+    handles = [
+        wrapper.register_forward_pre_hook(lambda *_: meter.enter(LOSS)),
+        body.register_forward_pre_hook(lambda *_: meter.enter(ACTIVATIONS)),
+        body.register_forward_hook(lambda *_: meter.enter(LOSS)),
+        wrapper.register_forward_hook(lambda *_: meter.enter(BACKWARD)),
+        optimizer.register_step_pre_hook(lambda *_: meter.enter(OPTIMIZER)),
+        *(p.register_post_accumulate_grad_hook(lambda p: meter.move([p.grad], GRADIENTS)) for p in trained),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def longest_step(recipe: Recipe, checked: Checked, student: Student, processes: int) -> Rollouts:
+    """The step of one process: the longest prompt, and completions as long as allowed, with all that may be annotated."""
+    prompt = _longest(checked.context.prompts)
+    rows, n = recipe.prompts_per_step * recipe.rollout.group_size // processes, recipe.rollout.max_completion_length
+    every = tuple(range(n))
+    alignment = TokenAlignment(teacher_ids=(0,) * n, student_length=n, student_index=every, teacher_index=every)
+    objectives, facts = student.objectives, next(iter((checked.teacher.members or {"": checked.teacher}).values()))
+    local, k = Capability.HIDDEN in facts.provides, max(o.top_k_of_teacher for o in objectives)
+    told = None if local else LogprobTargets(
+        sampled=torch.zeros(n), top_ids=torch.zeros(n, k, dtype=torch.long), top_logprobs=torch.zeros(n, k)
+    )  # fmt: skip
+    apart = local and Capability.SAME_TOKENIZER not in facts.provides
+    weighted = recipe.rollout.updates_per_rollout > 1 and any(o.importance_weighted for o in objectives)
+    numbers = ((1.0,) * n,) * rows
+    return Rollouts(
+        prompts=(prompt,) * rows,
+        completion_ids=((0,) * n,) * rows,
+        finished=(False,) * rows,
+        written_by="teacher" if recipe.rollout.source.writes_by_teacher else "student",
+        token_scores=numbers if any(o.writes_scores for o in objectives) else None,
+        sampling_logprobs=numbers if weighted else None,
+        alignments=(alignment,) * rows if apart else None,
+        logprobs=None if told is None else (told,) * rows,
+    )
+
+
+def _longest(prompts: Sequence[Prompt]) -> Prompt:
+    return max(prompts, key=lambda prompt: max(len(prompt.token_ids), len(prompt.teacher_token_ids)))
+
+
+@torch.no_grad()
+def _write(
+    recipe: Recipe, checked: Checked, student: Student, meter: Meter, processes: int
+) -> tuple[Counter[str], Counter[str], int, int]:
+    """(bytes by part, FLOPs of a token, completions at once, bytes read for a token): the last token of as many as are written
+    together, in training or, if that holds more, in an evaluation. An engine with memory of its own holds none here."""
+    rollout, config, engine = recipe.rollout, recipe.evaluation, recipe.rollout.engine
+    asked = [(checked.context.prompts, rollout.max_completion_length, recipe.prompts_per_step * rollout.group_size)]
+    asked += [(b.prompts, config.max_completion_length, len(b.prompts) * config.samples) for b in checked.benchmarks]
+    writer = student.writer()
+    weights = sum(x.numel() * x.element_size() for x in writer.lm.model.parameters())
+    most, found = Counter[str](), []
+    with evaluating(writer.lm.model):
+        for prompts, new, count in asked:
+            length = max(len(prompt.token_ids) for prompt in prompts) + new
+            rows = min(max(1, count // processes), max(1, engine.cache_tokens // length))
+            with meter.part(CACHE):
+                before = meter.held[CACHE]
+                cache = _body(writer, rows, length - 1, None).past_key_values
+                cached = meter.held[CACHE] - before
+                meter.forget_peak()
+                flops = meter.flops
+                states = _body(writer, rows, 1, cache).last_hidden_state
+            with meter.part(SAMPLING):
+                scores = cast(Any, writer.lm.core.get_output_embeddings())(states)
+                found.append((Counter(token=meter.flops - flops), rows, weights + cached // 2))
+                copies = torch.empty(COPIES, *scores.shape)
+                del copies
+            most = max(most, meter.peak, key=Counter.total)
+            del cache, states, scores
+    meter.forget_peak()
+    return most if engine.device_share == 0 else meter.peak, *found[0]
+
+
+def _body(writer: Model, rows: int, tokens: int, cache: Any) -> Any:
+    ids = torch.zeros(rows, tokens, dtype=torch.long, device=writer.lm.device)
+    return writer.lm.backbone(input_ids=ids, past_key_values=cache, use_cache=True)
+
+
+def _gathered(student: Student) -> int:
+    def size(tensors: Iterator[Tensor]) -> int:
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    blocks = [size(block.parameters()) for block in student.lm.blocks]
+    return size(student.lm.model.parameters()) - sum(blocks) + max(blocks)

@@ -1,0 +1,156 @@
+"""A plan against the memory that the same step takes, and what the command says."""
+
+import dataclasses
+import gc
+import itertools
+
+import pytest
+import torch
+from tests.conftest import MODELS, miniature_recipe
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from typer.testing import CliRunner
+
+from oprd.cli import app
+from oprd.clock import Clock
+from oprd.data.batching import rows_by_tokens
+from oprd.distributed import Ranks
+from oprd.errors import ConfigError
+from oprd.plan.plan import RESERVED_GB, Place, find_device, largest_budget, plan_recipe
+from oprd.plan.simulate import OPTIMIZER, WEIGHTS, fill_optimizer, load, longest_step
+from oprd.recipe import parse_recipe, recipe_to_yaml
+from oprd.student import InitialStudent
+from oprd.train.accelerator import open_accelerator
+from oprd.train.pair import Given
+from oprd.train.setup import check
+
+SHAPE = {
+    "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+CASES = {
+    "oprd": {},
+    "last block": {"objective": {"type": "oprd", "layers": "last", "tokens": "all"}},
+    "opd": {"objective": {"type": "opd"}},
+    "jsd": {"objective": {"type": "opd", "divergence": "jsd"}},
+    "top k": {"objective": {"type": "opd_top_k", "k": 16}},
+    "sampled": {"objective": {"type": "opd_sampled"}},
+    "sum": {"objective": [{"type": "oprd", "tokens": {"last": 100}}, {"type": "opd_sampled"}]},
+    "ride": {"objective": {"type": "ride", "tokens": "all"}},
+    "recomputed": {"student": {"model": "", "gradient_checkpointing": True}},
+    "lora": {"student": {"model": "", "lora": {"r": 8}}},
+    "bf16": {"bf16": True},
+    "packed": {"packing": True},
+    "self": {"objective": {"type": "opd"}, "teacher": {"type": "self", "prompt_template": "{problem}="}},
+    "sequence": {
+        "objective": {"type": "nll"},
+        "rollout": {"source": {"type": "teacher"}, "max_completion_length": 200},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model whose tensors are large beside what a kernel needs for itself."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODELS / "base").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def recipe_of(model, tmp_path, train_file):
+    def recipe(**changes):
+        tree = miniature_recipe(
+            tmp_path / "run",
+            train_file,
+            teacher={"type": "local", "model": model, "dtype": "float32"},
+            rollout={"group_size": 2, "max_completion_length": 200},
+            micro_batch_tokens=900,
+            bf16=False,
+        )
+        tree |= changes
+        tree["student"] = dict(tree["student"]) | {"model": model}
+        return parse_recipe(tree)
+
+    return recipe
+
+
+def storages():
+    """Bytes of every tensor's storage, by address."""
+    found = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+    return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}
+
+
+def measured_peak(recipe):
+    """Bytes that tensors hold at most during an update of the longest step, by torch's profiler."""
+    accelerator = open_accelerator(recipe)
+    checked = check(recipe, Given(), Ranks(accelerator), InitialStudent())
+    gc.collect()
+    earlier = storages()
+    method = load(recipe, checked, accelerator)
+    fill_optimizer(method.student)
+    step = longest_step(recipe, checked, method.student, 1)
+    micros = rows_by_tokens(step, recipe.micro_batch_tokens, packed=method.student.lm.packs)
+    some = step.take([row for rows in micros[:2] for row in rows])
+    gc.collect()
+    before = sum(size for at, size in storages().items() if at not in earlier)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        method.update(some, 1, Clock(accelerator.device))
+    events = sorted(
+        (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    )
+    return before + max(itertools.accumulate(event.nbytes() for event in events))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_the_update_takes_the_memory_that_is_planned(name, recipe_of):
+    recipe = recipe_of(**CASES[name])
+    planned = plan_recipe(recipe, Place(device=find_device("h100"))).parts["update"].total()
+    measured = measured_peak(recipe)
+    print(f"{name}: planned {planned / 1e6:.2f} MB, {planned / measured:.4f} of what was measured")
+    assert planned == pytest.approx(measured, rel=0.05)
+
+
+def test_sharding_divides_what_the_student_holds(recipe_of):
+    place = Place(device=find_device("24"), processes=4, sharded=True)
+    whole = plan_recipe(recipe_of(prompts_per_step=8), Place(device=find_device("24"), processes=4)).parts["update"]
+    parts = plan_recipe(recipe_of(prompts_per_step=8), place).parts["update"]
+    assert [parts[name] for name in (WEIGHTS, OPTIMIZER)] == [whole[name] // 4 for name in (WEIGHTS, OPTIMIZER)]
+    assert "gathered weights" in parts
+
+
+def test_the_largest_budget_fits_and_one_completion_more_does_not(recipe_of):
+    def load_with(overrides):
+        return recipe_of(**{key: int(value) for key, value in (o.split("=") for o in overrides)})
+
+    small = dataclasses.replace(find_device("24"), memory_gb=RESERVED_GB + 0.18)
+    plan = plan_recipe(recipe_of(), Place(device=small))
+    budget, longest = largest_budget(load_with, plan), plan.simulated.longest
+    assert 1 < budget // longest < 8
+
+    def held(rows):
+        recipe = recipe_of(micro_batch_tokens=rows * longest)
+        return plan_recipe(recipe, Place(device=small)).parts["update"].total() / 1e9 + RESERVED_GB
+
+    assert held(budget // longest) <= small.memory_gb < held(budget // longest + 1)
+
+
+def test_the_command_says_what_would_help(recipe_of, tmp_path, model):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(recipe_to_yaml(recipe_of(objective={"type": "opd"})))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "other.txt").write_text("a folder that training would refuse")
+    done = CliRunner().invoke(app, ["plan", str(recipe), "--device", "1.65"])
+    assert done.exit_code == 0, done.output
+    assert "does not fit" in done.output
+    assert "micro_batch_tokens=" in done.output
+    assert "largest micro_batch_tokens that fits" in done.output
+
+
+def test_an_unknown_device_is_named_with_those_that_are_known():
+    with pytest.raises(ConfigError, match=r"no device 'h1000'; known are h100, .*, or give its memory in GB"):
+        find_device("h1000")
+    assert find_device("H100").memory_gb == 80
