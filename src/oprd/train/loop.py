@@ -162,7 +162,9 @@ def _step(parts: Parts, progress: Progress, bar: Bar) -> None:
     start, clock = time.perf_counter(), Clock(parts.ranks.device)
     with clock.section("rollout"):
         written, rollouts = method.collect(parts.sampler.batch(step - 1), sampling_at(parts, step), step)
-        compared = _compared(parts, few_fresh(parts, written, step) if written.staleness else written)
+        stale = written.staleness > 0
+        fresh = parts.ranks.together(lambda: few_fresh(parts, written, step)) if stale else written
+        compared = _compared(parts, fresh)
         write_ahead(parts, step + 1)
     told = step == 1 and recipe.health_tokens and method.student.lm.pair_stops
     if told and (note := mass_on_stops(method, written)) and parts.ranks.is_main:
