@@ -1,5 +1,8 @@
 """OPD's three estimators and the likelihood of the teacher's text: what each objective makes of states and targets."""
 
+import sys
+import types
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -17,6 +20,8 @@ from objectives.hand_made import (
     rollouts,
     states,
 )
+from oprd.losses import divergences
+from oprd.objectives import opd
 from oprd.objectives.nll import NLL
 from oprd.objectives.opd import OPD, OPDSampled, OPDTopK
 from oprd.types import LogprobTargets, Targets, TokenSelection
@@ -104,3 +109,17 @@ def test_the_likelihood_supervises_the_first_tokens_alone_when_asked(student_fac
     expected = NLL().bind(student_facts).per_token(states(0), Targets())[[0, 3]]
     assert_close(first.per_token(part, Targets()), expected)
     assert first.weights(rollouts(written_by="dataset")).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("factor", "used"), [(1.0, True), (1.01, False)])
+def test_a_kernel_is_used_where_it_gives_the_definition(factor, used, monkeypatch, capfd):
+    """A kernel that is wrong by one per cent on this device, or does not compile, is left aside, and that is said."""
+    stub = types.ModuleType("oprd.losses.fused")
+    stub.divergence = lambda p, q, teacher_share: factor * divergences.reverse_kl(p, q)
+    monkeypatch.setitem(sys.modules, "oprd.losses.fused", stub)
+    opd.kernel.cache_clear()
+    found = opd.kernel(divergences.reverse_kl, 1.0, torch.device("cpu"))
+    assert (found is not divergences.reverse_kl) == used
+    said = "".join(capfd.readouterr())
+    assert ("is not used" in said) != used
+    opd.kernel.cache_clear()

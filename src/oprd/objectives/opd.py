@@ -12,7 +12,8 @@ probability is the text between two places where both tokenizations end; each su
 there. The teacher's is that of one spelling in tokens, a lower bound of the text's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
@@ -29,15 +30,43 @@ from oprd.losses.divergences import shared, token_logprobs, where_shared
 from oprd.losses.support import logits_at, top_ids
 from oprd.models.loading import ModelFacts
 from oprd.objectives.base import OutputObjective
+from oprd.progress import console
 from oprd.section import Field, PositiveInt, Rate, Section
 from oprd.types import Capability, HiddenStates, LMHead, Rollouts, Targets
 
 C = Capability
+Divergence = Callable[[Tensor, Tensor], Tensor]
+"""(student logits [C, V], teacher logits [C, V]) -> [C]."""
 
 
 def has_kernel(logits: Tensor) -> bool:
-    """Whether the Triton kernel computes divergences of these logits."""
+    """Whether a Triton kernel may compute divergences of these logits."""
     return logits.is_cuda and logits.dtype == torch.float32 and find_spec("triton") is not None
+
+
+@cache
+def kernel(divergence: Divergence, teacher_share: float, device: torch.device) -> Divergence:
+    """The Triton kernel of this divergence if, on a few rows on this device, it gives the definition's values and gradients;
+    else the definition, and why is said. A compiler or a GPU that nobody has tried cannot change a loss."""
+    try:
+        fused = partial(import_module("oprd.losses.fused").divergence, teacher_share=teacher_share)
+        rows = torch.randn(2, 4, 5000, generator=torch.Generator().manual_seed(0)).to(device)
+        found = []
+        for function in (fused, divergence):
+            with torch.enable_grad():
+                student = rows[0].clone().requires_grad_()
+                values = function(student, rows[1])
+                found.append((values.detach(), *torch.autograd.grad(values.sum(), student)))
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+    except Exception as error:
+        console.print(f"The Triton kernel of exact divergences is not used: {error}", markup=False, highlight=False)
+        return divergence
+    return fused
+
+
+@cache
+def _jsd(teacher_share: float) -> Divergence:
+    return lambda p, q: divergences.jsd(p, q, teacher_share)
 
 
 class JSD(Section):
@@ -74,12 +103,12 @@ class _Distributions(_Divergence):
 
     def _exact(self, student: Float[Tensor, "C K"], teacher: Float[Tensor, "C K"]) -> Float[Tensor, " C"]:
         p, q = student / self.kl_temperature, teacher / self.kl_temperature
-        if has_kernel(p):
-            share = {"reverse_kl": 1.0, "forward_kl": 0.0}.get(self.metric, self._jsd_weight)
-            return import_module("oprd.losses.fused").divergence(p, q, share)
-        if self.metric == "jsd":
-            return divergences.jsd(p, q, self._jsd_weight)
-        return divergences.reverse_kl(p, q) if self.metric == "reverse_kl" else divergences.forward_kl(p, q)
+        exact, share = {
+            "reverse_kl": (divergences.reverse_kl, 1.0),
+            "forward_kl": (divergences.forward_kl, 0.0),
+            "jsd": (_jsd(self._jsd_weight), self._jsd_weight),
+        }[self.metric]
+        return (kernel(exact, share, p.device) if has_kernel(p) else exact)(p, q)
 
 
 class OPD(_Distributions):
