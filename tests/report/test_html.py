@@ -16,7 +16,7 @@ from oprd.report.html import MOST_POINTS, Curve, write_report
 RECIPE = {
     "student": {"model": "models/small"},
     "teacher": {"type": "local", "model": "models/big"},
-    "objective": [{"type": "oprd"}],
+    "objective": {"type": "oprd"},
     "max_steps": 9,
 }
 
