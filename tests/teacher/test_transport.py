@@ -1,9 +1,7 @@
 """The transport against a real server that misbehaves: what is lost is counted, nothing is paid twice, no budget is passed."""
 
-import contextlib
 import gzip
 import json
-import resource
 import shutil
 import sqlite3
 import subprocess
@@ -19,6 +17,7 @@ from oprd.errors import ConfigError, DiskError, ServerError
 from oprd.teacher import transport
 from oprd.teacher.exchange import Request, Tokens
 from oprd.teacher.transport import ServerSection, Transport
+from processes import room
 from serving import Body, FaultyServer
 
 SECRET = "sk-very-secret-0123456789"
@@ -53,17 +52,6 @@ def account(folder) -> tuple[int, int, int]:
     """Requests, prompt tokens and completion tokens."""
     with sqlite3.connect(folder / "cache.sqlite") as database:
         return database.execute("SELECT requests, prompt, completion FROM usage").fetchone()
-
-
-@contextlib.contextmanager
-def room(size: int):
-    """No file may grow beyond `size` bytes: a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

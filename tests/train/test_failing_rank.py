@@ -1,17 +1,13 @@
 """A failure on one of two processes: both stop with its message and with the last whole step saved."""
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from conftest import miniature_recipe
+from processes import TORCHRUN, run_two
 from serving import FaultyServer, served
 from train.runs import read_lines
 
@@ -83,20 +79,8 @@ def both(tmp_path_factory, train_file):
         jobs = [{"recipe": str(folder / f"{kind}.yaml"), "kind": kind} for kind in kinds]
         (folder / "jobs.json").write_text(json.dumps(jobs))
         (folder / "worker.py").write_text(WORKER)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-        with (folder / "errors.txt").open("w") as errors:
-            process = subprocess.Popen(
-                [*launcher, str(folder / "worker.py"), str(folder / "jobs.json")],
-                stdout=errors, stderr=errors, start_new_session=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TEST_KEY": "valid"},
-            )  # fmt: skip
-            try:
-                process.wait(timeout=800)
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    assert process.returncode == 0, (folder / "errors.txt").read_text()[-4000:]
+        code = run_two(TORCHRUN, folder / "worker.py", folder / "jobs.json", timeout=800, TEST_KEY="valid")
+    assert code == 0, (folder / "errors.txt").read_text()[-4000:]
     found = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
     return {kind: (trees.get(kind), [rows[at] for rows in found]) for at, kind in enumerate([*kinds, "wait"])}
 

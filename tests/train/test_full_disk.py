@@ -4,7 +4,6 @@ A limit on the size of files stands in for the full disk: the kernel refuses the
 """
 
 import contextlib
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -18,18 +17,8 @@ from oprd.evaluate import evaluate
 from oprd.recipe import parse_recipe
 from oprd.train import checkpoint, loop, run_folder
 from oprd.train.run import run_recipe
+from processes import room
 from train.runs import assert_equal_runs
-
-
-@contextlib.contextmanager
-def room(size: int):
-    """No file may grow beyond `size` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,11 @@
 """Two processes under FSDP2 in bfloat16: what is read off the sharded student is not rounded, and ranks wait for each other."""
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
 
 from conftest import miniature_recipe
+from processes import TORCHRUN, run_two
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -60,22 +56,8 @@ def ranks(tmp_path_factory, train_file):
     )
     (folder / "recipe.json").write_text(json.dumps(tree))
     (folder / "worker.py").write_text(WORKER)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    with (folder / "errors.txt").open("w") as errors:
-        process = subprocess.Popen(
-            [*launcher, str(folder / "worker.py"), str(folder / "recipe.json")],
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        )
-        try:
-            process.wait(timeout=800)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    assert process.returncode == 0, (folder / "errors.txt").read_text()[-4000:]
+    code = run_two(TORCHRUN, folder / "worker.py", folder / "recipe.json", timeout=800)
+    assert code == 0, (folder / "errors.txt").read_text()[-4000:]
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 

@@ -3,13 +3,8 @@
 All runs of a kind share one `accelerate launch`, because starting two processes takes longer than a miniature run.
 """
 
-import contextlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +19,7 @@ from models.families_tiny import make_model
 from oprd.recipe import parse_recipe
 from oprd.train.fit_bridge import fit_bridge
 from oprd.train.run import run_recipe
+from processes import run_two
 from train.runs import (
     MIXTURE,
     assert_same_weights,
@@ -117,21 +113,8 @@ def launch(folder: Path, how: str, trees: dict[str, dict[str, Any]]) -> Launch:
     (folder / "jobs.json").write_text(json.dumps(jobs))
     (folder / "worker.py").write_text(WORKER)
     options = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port=0"]
-    with (folder / "errors.txt").open("w") as errors:
-        process = subprocess.Popen(
-            [*launcher, str(folder / "worker.py"), str(folder / "jobs.json")],
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        )
-        try:
-            process.wait(timeout=1200)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    launcher = ["accelerate.commands.launch", *options, "--main_process_port=0"]
+    run_two(launcher, folder / "worker.py", folder / "jobs.json", timeout=1200)
     return Launch(folder=folder, errors=(folder / "errors.txt").read_text()[-6000:])
 
 
