@@ -18,6 +18,7 @@ from memory import peak_gib
 from oprd.data.batching import collate
 from oprd.models.language_model import FrozenModel, LanguageModel
 from oprd.models.loading import ModelFacts
+from oprd.models.probe import freeze_unreached
 from oprd.objectives.oprd import OPRD
 from oprd.student import DistillModel
 from oprd.train.run_folder import describe_machine
@@ -43,7 +44,7 @@ def make() -> tuple[Callable[[], None], Callable[[], None]]:
     batch = collate([row[:PROMPT] for row in ids], [row[PROMPT:] for row in ids], pad_id=0, device=student.device)
     objective = OPRD().bind(ModelFacts.read(student.model, student.tokenizer))
     model, frozen = DistillModel(student, [objective]), FrozenModel(teacher)
-    student.freeze_unreached(model.taps)
+    freeze_unreached(student, model.taps)
 
     def update() -> None:
         (values,) = model(batch, Targets(teacher=frozen.hidden(batch, objective.teacher_taps)))
