@@ -8,8 +8,10 @@ Only what is not installed here (TRL, Liger) is taken from PEERS. An update is t
 forward pass, loss and backward pass, in float32, between two models of SmolLM2-135M's shape with random weights. `bare` runs
 the blocks alone: no loss can do without them. Cases: 4 completions of 64 + 192 tokens, 2 of 64 + 960, and 8 of lognormal
 lengths, as micro-batches of least padding and as packed rows; TRL pads all to the longest. `kernel-*` are the losses alone,
-from hidden states and LM heads; there `bare` is the four products. CPU seconds are compared, so that a busy machine matters
-less; peak memory is the most that tensors hold above the models. After each round benchmarks/results/side_by_side.json.
+from hidden states and LM heads; there `bare` is the four products. `step` is a whole step but for the optimizer: the student
+writes the 8 completions of lognormal lengths (each end is forced where it is to come), then the update on them; its times are
+those of TRL's. CPU seconds are compared, so that a busy machine matters less; peak memory is the most that tensors hold above
+the models. After each round benchmarks/results/side_by_side.json.
 """
 
 import argparse
@@ -19,23 +21,27 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 from memory import peak_gib
 from oprd.data.batching import split_by_tokens, student_batch
 from oprd.losses.divergences import reverse_kl
+from oprd.models.generate import Sampling
 from oprd.models.language_model import FrozenModel, LanguageModel
 from oprd.models.loading import ModelFacts
 from oprd.objectives.base import Objective
 from oprd.objectives.opd import OPD, OPDSampled, OPDTopK
 from oprd.objectives.oprd import OPRD
+from oprd.rollout.hf import HFEngine
 from oprd.student import DistillModel
 from oprd.train.run_folder import describe_machine
 from oprd.types import ALL_TOKENS, Batch, HiddenSpec, HiddenStates, LMHead, Prompt, Rollouts, Taps, Targets
@@ -48,14 +54,38 @@ BUDGET = 2048
 KERNELS = {"kernel-49k": (1024, WIDTH, WIDTH, VOCABULARY), "kernel-152k": (1024, 896, 1536, 151_936)}
 """N, the widths of student and teacher, V."""
 PREDICTING = HiddenSpec(block="last", at="predicting", tokens=ALL_TOKENS)
+LONGEST = 1024
+"""Most tokens of a completion."""
 Arms = dict[str, Callable[[], object]]
+
+
+class Ending(LlamaForCausalLM):
+    """Ends each completion at a given length, whatever else is sampled. `lengths`: by the first token of the prompt."""
+
+    lengths: dict[int, int]
+    stops: tuple[int, ...]
+
+    def _get_logits_processor(self, *args: Any, **given: Any) -> Any:
+        return LogitsProcessorList([_EndAt(self.lengths, self.stops), *super()._get_logits_processor(*args, **given)])
+
+
+class _EndAt(LogitsProcessor):
+    def __init__(self, lengths: dict[int, int], stops: tuple[int, ...]) -> None:
+        self.lengths, self.stops = lengths, list(stops)
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        number = input_ids.shape[1] - PROMPT + 1  # of the token to come
+        ends = torch.tensor([number == self.lengths[int(row[0])] for row in input_ids])
+        scores = scores.masked_fill(ends[:, None], -torch.inf)
+        scores[:, self.stops] = torch.where(ends, 0.0, -torch.inf)[:, None]
+        return scores
 
 
 def lengths(case: str) -> list[int]:
     if case in ("short", "long"):
         return [192] * 4 if case == "short" else [960] * 2
     drawn = torch.randn(8, generator=torch.Generator().manual_seed(3)).exp() * 90  # mean 150, sigma 1
-    return drawn.long().clamp(8, 1024).tolist()
+    return drawn.long().clamp(8, LONGEST).tolist()
 
 
 def rollouts(case: str) -> Rollouts:
@@ -72,7 +102,7 @@ def load(seed: int, name: str, packs: bool) -> LanguageModel:
         num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=8192,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "src" / "oprd" / "demo" / "models" / "base", padding_side="left")
-    return LanguageModel(model=LlamaForCausalLM(config), tokenizer=tokenizer, name=name, packs=packs)
+    return LanguageModel(model=Ending(config), tokenizer=tokenizer, name=name, packs=packs)
 
 
 def updates(case: str) -> Arms:
@@ -123,8 +153,46 @@ def updates(case: str) -> Arms:
         "ours-sampled": ours(OPDSampled()),
         "plain": partial(whole, plain),
         "liger": partial(whole, with_liger),
-        "trl": trl_update(student, teacher, every),
+        "trl": partial(trl_update, trl_trainer(student, teacher), student, every),
     }
+
+
+def steps() -> Arms:
+    """The student writes, then learns on what it has written."""
+    asked = rollouts("step")
+    student, teacher = load(0, "student", packs=False), load(1, "teacher", packs=False)
+    teacher.model.eval().requires_grad_(False)
+    model, ids = cast(Ending, student.model), [prompt.token_ids for prompt in asked.prompts]
+    model.stops = student.stop_ids
+    model.lengths = dict(zip((row[0] for row in ids), asked.lengths, strict=True))
+    facts, frozen, trainer = (
+        ModelFacts.read(student.model, student.tokenizer), FrozenModel(teacher), trl_trainer(student, teacher)
+    )  # fmt: skip
+    engine, sampling = HFEngine(FrozenModel(student)), Sampling(temperature=1.0, max_new_tokens=LONGEST)
+
+    def ours(objective: Objective) -> Callable[[], None]:
+        bound = objective.bind(facts)
+        distilled = DistillModel(student, [bound])
+
+        def step() -> None:
+            student.model.eval()
+            written = engine.generate(asked.prompts, sampling, seed=0)
+            assert written.lengths == asked.lengths, written.lengths
+            for part in split_by_tokens(written, BUDGET):
+                batch = student_batch(part, pad_id=0, device=student.device)
+                targets = Targets(teacher=frozen.hidden(batch, bound.teacher_taps))
+                (distilled(batch, targets)[0].sum() / sum(written.lengths)).backward()
+            student.model.zero_grad()
+
+        return step
+
+    def trl() -> None:
+        completions = trainer._generate_single_turn(ids, None, {})
+        written = replace(asked, completion_ids=tuple(map(tuple, completions)))
+        assert written.lengths == asked.lengths, written.lengths
+        trl_update(trainer, student, written)
+
+    return {"trl": trl, "oprd": ours(OPRD()), "ours": ours(OPD()), "ours-top-16": ours(OPDTopK())}
 
 
 def head_of(states: HiddenStates) -> Tensor:
@@ -139,17 +207,27 @@ def liger_loss() -> Callable[..., Tensor]:
     return LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=False)
 
 
-def trl_update(student: LanguageModel, teacher: LanguageModel, every: Rollouts) -> Callable[[], None]:
-    """The loss of its DistillationTrainer as reverse KL, on prompts padded on the left and completions on the right."""
+def trl_trainer(student: LanguageModel, teacher: LanguageModel) -> Any:
+    """Its DistillationTrainer with the reverse KL."""
     from trl import DistillationConfig, DistillationTrainer  # type: ignore[import-not-found]
 
     arguments = DistillationConfig(
-        output_dir=tempfile.mkdtemp(), beta=1.0, bf16=False, gradient_checkpointing=False, use_cpu=True, report_to=[]
+        output_dir=tempfile.mkdtemp(),
+        beta=1.0,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to=[],
+        max_completion_length=LONGEST,
     )
-    trainer = DistillationTrainer(
+    return DistillationTrainer(
         model=student.model, teacher_model=teacher.model, args=arguments, processing_class=student.tokenizer,
         train_dataset=Dataset.from_list([{"prompt": "1"}] * 8),
     )  # fmt: skip
+
+
+def trl_update(trainer: Any, student: LanguageModel, every: Rollouts) -> None:
+    """On prompts padded on the left and completions on the right."""
     batch = student_batch(every, pad_id=0, device=student.device)
     ids, mask = batch.input_ids, batch.attention_mask
     inputs = {
@@ -157,12 +235,8 @@ def trl_update(student: LanguageModel, teacher: LanguageModel, every: Rollouts) 
         "completion_ids": ids[:, PROMPT:], "completion_mask": mask[:, PROMPT:],
         "num_items_in_batch": torch.tensor(float(sum(every.lengths))),
     }  # fmt: skip
-
-    def update() -> None:
-        trainer.compute_loss(student.model, inputs).backward()
-        student.model.zero_grad()
-
-    return update
+    trainer.compute_loss(student.model, inputs).backward()
+    student.model.zero_grad()
 
 
 def kernels(case: str) -> Arms:
@@ -218,37 +292,37 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 
 
 def summary(seconds: dict[str, list[float]], peaks: dict[str, float]) -> dict[str, Any]:
-    """By arm: median CPU seconds, the median and the range over rounds of its ratio to `bare`, peak memory."""
-    found = {}
+    """By arm: median CPU seconds, the median and the range over rounds of its ratio to the first arm, peak memory."""
+    found, first = {}, next(iter(seconds))
     for arm, taken in seconds.items():
-        ratios = [mine / floor for mine, floor in zip(taken, seconds["bare"], strict=True)]
+        ratios = [mine / floor for mine, floor in zip(taken, seconds[first], strict=True)]
         found[arm] = {
             "cpu_seconds": round(statistics.median(taken), 3),
-            "times_bare": round(statistics.median(ratios), 3),
+            f"times_{first}": round(statistics.median(ratios), 3),
             "range": [round(min(ratios), 3), round(max(ratios), 3)],
-            "peak_gib": round(peaks[arm], 3),
-        }
+        } | ({"peak_gib": round(peaks[arm], 3)} if peaks else {})
     return found
 
 
 def measure(case: str, names: list[str] | None, rounds: int, write: Callable[[dict[str, Any]], None]) -> None:
-    arms = kernels(case) if case in KERNELS else updates(case)
-    arms = {arm: work for arm, work in arms.items() if names is None or arm in ("bare", *names)}
-    peaks = {arm: peak_gib(work) for arm, work in arms.items()}  # the first run of each, which warms up as well
+    arms = kernels(case) if case in KERNELS else steps() if case == "step" else updates(case)
+    arms = {arm: work for arm, work in arms.items() if names is None or arm in (next(iter(arms)), *names)}
+    # the first run of each, which warms up as well; a profile of the thousands of tokens of `step` would fill the memory
+    peaks = {arm: peak_gib(work) for arm, work in arms.items()} if case != "step" else {}
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     for _ in range(rounds):
         for arm, work in arms.items():
             seconds[arm].append(cpu_seconds(work))
-        write({"rounds": len(seconds["bare"]), "arms": summary(seconds, peaks)})
+        write({"rounds": len(next(iter(seconds.values()))), "arms": summary(seconds, peaks)})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("peers", help="site-packages of an environment with TRL and Liger")
     parser.add_argument("--rounds", type=int, default=5)
-    cases = ["short", "long", "heavy-padded", "heavy-packed", *KERNELS]
+    cases = ["short", "long", "heavy-padded", "heavy-packed", *KERNELS, "step"]
     parser.add_argument("--cases", nargs="+", default=cases, choices=cases)
-    parser.add_argument("--arms", nargs="+", help="only these, beside `bare`")
+    parser.add_argument("--arms", nargs="+", help="only these, beside the first")
     given = parser.parse_args()
     sys.path.append(given.peers)
     torch.set_num_threads(1)
