@@ -125,7 +125,7 @@ def test_the_report_reads_files_only():
     assert set().union(*(imports(file) for file in (SOURCE / "report").glob("*.py"))) == {"errors", "files"}
 
 
-def test_help_and_the_package_come_without_torch():
+def test_help_comes_without_torch_and_a_recipe_without_what_it_does_not_use():
     code = (
         "import sys, oprd\n"
         "assert 'torch' not in sys.modules, 'import oprd'\n"
@@ -134,6 +134,8 @@ def test_help_and_the_package_come_without_torch():
         "try: oprd.cli.main()\n"
         "except SystemExit as exit: assert not exit.code\n"
         "assert 'torch' not in sys.modules, 'oprd --help'\n"
+        "import oprd.recipe\n"
+        "assert not {'openai', 'peft', 'bitsandbytes', 'plotly'} & set(sys.modules), 'a recipe that uses none of them'\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

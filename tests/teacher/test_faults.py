@@ -19,8 +19,8 @@ import pytest
 
 from oprd.errors import OprdError
 from oprd.teacher import transport
-from oprd.teacher.exchange import Request, Tokens
-from oprd.teacher.transport import ServerSection, Transport
+from oprd.teacher.exchange import Request, ServerSection, Tokens
+from oprd.teacher.transport import Transport
 
 LENGTH = 8
 

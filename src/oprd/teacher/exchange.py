@@ -1,6 +1,7 @@
-"""One exchange with a server: the request, its response read strictly, and the log of responses and usage."""
+"""A server's section of a recipe; a request to it, its response read strictly, and the log of responses and usage."""
 
 import json
+import re
 import sqlite3
 import time
 import zlib
@@ -9,15 +10,66 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from oprd.errors import DiskError, ServerError
+from oprd.section import Field, Listed, NonNegativeFloat, NonNegativeInt, PositiveInt, Rate, Section
 
 # `finish_reason` of a text that the model ended, and of one that a limit cut; any other one loses the response
 ENDED = frozenset({"stop", "stop_sequence", "eos", "eos_token", "end_turn"})
 CUT = frozenset({"length", "max_tokens", "model_length"})
+
+
+class ServerSection(Section):
+    """How a server is reached, and what may be spent on it."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)  # someone may write the key itself in place of its name
+
+    base_url: str
+    """`http://localhost:8000/v1`."""
+    model: str
+    """The name the server knows the model by."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key; the key itself is written nowhere."""
+    concurrency: PositiveInt = 32
+    """Requests under way at once, on one process."""
+    timeout_s: Rate = 120.0
+    """Of one request."""
+    step_timeout_s: Annotated[Rate, Field(le=7 * 24 * 3600)] = 1800.0
+    """Of all requests of a step; those without a response by then are lost."""
+    max_retries: NonNegativeInt = 6
+    """Of one request, with the pauses of the `openai` package: 0.5 s, doubled up to 8 s, or what Retry-After asks for."""
+    price_per_million: Listed[NonNegativeFloat] | None = None
+    """[prompt, completion]: prices of a million tokens, in any currency."""
+    max_requests: PositiveInt | None = None
+    """Budgets of the run over all its starts and processes, retries included; it stops before it passes one."""
+    max_tokens: PositiveInt | None = None
+    """Prompt and completion tokens."""
+    max_cost: Rate | None = None
+    """In the currency of `price_per_million`."""
+
+    @model_validator(mode="after")
+    def _check_server(self) -> "ServerSection":
+        address, prices = urlsplit(self.base_url), self.price_per_million
+        if not re.fullmatch(r"https?://[^\s@?#]+", self.base_url) or not address.hostname or address.port == 0:
+            raise ValueError("base_url must look like http://host:port/v1, without a password, ? or # in it")
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env or "NONE"):
+            example = "such as OPENAI_API_KEY"
+            raise ValueError(f"api_key_env must be the name of an environment variable in capitals, {example}")
+        if prices is not None and len(prices) != 2:
+            raise ValueError("price_per_million must be two prices: [prompt, completion]")
+        if self.max_cost is not None and not any(prices or ()):
+            raise ValueError("max_cost needs price_per_million: [prompt, completion]")
+        return self
+
+    def amounts(self, requests: int, prompt: int, completion: int) -> dict[str, float]:
+        """Requests and tokens in the units of the budgets, by their field names."""
+        prices = self.price_per_million or (0.0, 0.0)
+        cost = (prompt * prices[0] + completion * prices[1]) / 1e6
+        return {"max_requests": float(requests), "max_tokens": float(prompt + completion), "max_cost": cost}
 
 
 class Tokens(NamedTuple):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, final
 
 import torch
 from pydantic import model_validator
@@ -25,9 +25,11 @@ from oprd.teacher.base import (
     TeacherContext,
     TeacherFacts,
 )
-from oprd.teacher.exchange import Request, Response, Tokens
-from oprd.teacher.transport import ServerSection, Transport
+from oprd.teacher.exchange import Request, Response, ServerSection, Tokens
 from oprd.types import Capability, LogprobTargets, Message, Metric, Prompt, Rollouts, Taps, Targets
+
+if TYPE_CHECKING:
+    from oprd.teacher.transport import Transport
 
 # of the teacher's own text, half of which it is then asked to continue
 PROBE_TOKENS = 24
@@ -89,6 +91,8 @@ class ServerTeacherConfig(TeacherConfig, ServerSection):
         return TeacherFacts(provides=provides, why_not=why_not, model=model)
 
     def build(self, facts: TeacherFacts, context: TeacherContext, name: str = "") -> Teacher:
+        from oprd.teacher.transport import Transport  # openai takes a second to import
+
         # the file in the run folder is this run's alone, wherever the folder is moved
         run = str(context.cache.parent.resolve()) if self.cache else ""
         cache, account = Path(self.cache or context.cache), (run, name, context.rank)
@@ -103,7 +107,7 @@ class ServerTeacher(Teacher):
     """Asks the server for text, and for log-probabilities of the student's tokens if its model has their tokenizer."""
 
     def __init__(
-        self, config: ServerTeacherConfig, facts: TeacherFacts, context: TeacherContext, transport: Transport
+        self, config: ServerTeacherConfig, facts: TeacherFacts, context: TeacherContext, transport: "Transport"
     ) -> None:
         self._config, self._transport, self._needs, self._device = config, transport, context.needs, context.device
         # None only where nothing asks for it
