@@ -68,21 +68,18 @@ class Distillation:
         however the batch is split, the update is the same. A rank with fewer micro-batches repeats its first with weight 0.
         """
         student, ranks, objectives = self.student, self.ranks, self.student.objectives
-        micros = split_by_tokens(rollouts, self.micro_batch_tokens, packed=student.lm.packs)
-        passes = int(ranks.max(len(micros)))
+        micros = ranks.in_step(split_by_tokens(rollouts, self.micro_batch_tokens, packed=student.lm.packs))
         totals = ranks.sum([objective.total_weight(rollouts) for objective in objectives])
         supervised = ranks.sum([float((o.weights(rollouts) != 0).sum()) for o in objectives])
         _check_teachable(rollouts, ranks)
         sums = torch.zeros(len(objectives), dtype=torch.float64)
-        for number in range(passes):
-            micro = micros[number] if number < len(micros) else micros[0]
-            share = float(number < len(micros))
+        for number, (micro, own) in enumerate(micros, 1):
             with clock.section("teacher"):
                 targets = self.targets(micro)
-            with clock.section("update"), student.accumulate(last=number == passes - 1):
+            with clock.section("update"), student.accumulate(last=number == len(micros)):
                 losses = student.losses(self.batch(micro), targets)
                 weighted = [
-                    (loss * objective.weights(micro).to(loss) * share).sum()
+                    (loss * objective.weights(micro).to(loss) * own).sum()
                     for objective, loss in zip(objectives, losses, strict=True)
                 ]
                 terms = zip(objectives, weighted, totals, strict=True)
@@ -101,16 +98,15 @@ class Distillation:
     def with_sampling_logprobs(self, rollouts: Rollouts) -> Rollouts:
         """The rollouts, in another order, with the log-probabilities of their tokens under the weights in place."""
         spec, done = HiddenSpec(block="last", at="predicting", tokens=ALL_TOKENS), list[Rollouts]()
-        micros = split_by_tokens(rollouts, self.micro_batch_tokens)
-        for number in range(int(self.ranks.max(len(micros)))):
-            micro = micros[number] if number < len(micros) else micros[0]  # sharded: equal passes on every rank
+        for micro, own in self.ranks.in_step(split_by_tokens(rollouts, self.micro_batch_tokens)):
             batch = self.batch(micro)
             states = self.student.hidden(batch, Taps(hidden=(spec,), head=True))
             assert states.head is not None
             ids = batch.sampled_ids(ALL_TOKENS)
             rows = logprobs_of(states.hidden[spec], states.head, ids).cpu().split(micro.lengths)
-            done.append(replace(micro, sampling_logprobs=tuple(tuple(row.tolist()) for row in rows)))
-        return concatenate(done[: len(micros)])
+            if own:
+                done.append(replace(micro, sampling_logprobs=tuple(tuple(row.tolist()) for row in rows)))
+        return concatenate(done)
 
     def targets(self, micro: Rollouts) -> Targets:
         """What the objectives compare the student with on a micro-batch; made just before use."""

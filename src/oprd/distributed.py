@@ -27,6 +27,14 @@ class Ranks:
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         """Weights are sharded: every rank has to run the same number of forward passes."""
 
+    def places(self, mine: Sequence[object]) -> range:
+        """Of this rank's items among those of all, which are dealt out one by one."""
+        return range(self.rank, self.size * len(mine), self.size)
+
+    def in_step(self, items: Sequence[T]) -> list[tuple[T, bool]]:
+        """The items with True, then the first again with False until all ranks have as many: sharded weights need it."""
+        return [(item, True) for item in items] + [(items[0], False)] * (int(self.max(len(items))) - len(items))
+
     def all_gather(self, row: Sequence[float]) -> Float[Tensor, "R n"]:
         """The rows of all ranks, in float64, on the CPU."""
         mine = torch.tensor([list(row)], dtype=torch.float64)

@@ -32,8 +32,8 @@ class Sure(RolloutEngine):
     def at_once(self, tokens):
         return 8
 
-    def generate(self, prompts, sampling, *, seed):
-        self.calls.append((len(prompts) * sampling.samples, seed))
+    def generate(self, prompts, sampling, *, seed, places=None):
+        self.calls.append((seed, places))
         repeated = tuple(prompt for prompt in prompts for _ in range(sampling.samples))
         ids = tuple(tuple(self.tokenizer(str(prompt.row))["input_ids"]) for prompt in repeated)
         return Rollouts(prompts=repeated, completion_ids=ids, finished=(True,) * len(ids))
@@ -67,8 +67,8 @@ def test_scores_files_and_seeds_by_hand(evaluator, tmp_path):
     (result,) = evaluator.run(tmp_path / "log.jsonl", tmp_path / "done", {"step": 5, "training_seconds": 1.5})
     assert (result.problems, result.samples, result.avg_at_k, result.best_at_k) == (12, 2, 0.5, 0.5)
     assert evaluator.engine.syncs == 1
-    # 8 // 2 = 4 problems a call; the seed of a call is that of its first problem
-    assert evaluator.engine.calls == [(8, 3_000_009), (8, 3_000_013), (8, 3_000_017)]
+    # 8 // 2 = 4 problems a call; a completion's random numbers follow from its problem's place, not from the call
+    assert evaluator.engine.calls == [(3_000_009, range(first, first + 4)) for first in (0, 4, 8)]
     assert read_jsonl(tmp_path / "log.jsonl") == [{"step": 5, "training_seconds": 1.5} | asdict(result)]
     rows = read_lines(tmp_path / "done" / "held_out.jsonl")
     assert [(row["row"], row["completion"], row["correct"]) for row in rows[:4]] == [

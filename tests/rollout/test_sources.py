@@ -6,10 +6,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 
 from conftest import MODELS, load_miniature, miniature_recipe
 from oprd.data.chat import decode
 from oprd.demo.task import completion, sums
+from oprd.distributed import Ranks
 from oprd.errors import DataError
 from oprd.models.generate import Sampling
 from oprd.models.loading import ModelFacts
@@ -58,7 +60,7 @@ class Written(RolloutEngine):
     """Returns given rollouts; `seeds` are those it was called with."""
 
     rollouts: Rollouts | None = None
-    seeds: list[int] = field(default_factory=list)
+    seeds: list[tuple[int, range | None]] = field(default_factory=list)
 
     def sync_weights(self) -> None:
         """There are none."""
@@ -66,9 +68,11 @@ class Written(RolloutEngine):
     def at_once(self, tokens: int) -> int:
         return 8
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> Rollouts:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, places: range | None = None
+    ) -> Rollouts:
         assert self.rollouts is not None, "the student was not to write"
-        self.seeds.append(seed)
+        self.seeds.append((seed, places))
         return self.rollouts
 
 
@@ -88,10 +92,14 @@ def answer(text: str, finished: bool = True) -> Generation:
 
 
 def bound(source: Source, tokenizer, **context) -> Source:
-    given = {"engine": Written(), "teacher": Scripted([]), "verifier": VerifierPool(), "seed": 0, "rank": 0} | context
+    given = {"engine": Written(), "teacher": Scripted([]), "verifier": VerifierPool(), "seed": 0} | context
+    ranks = Ranks(Accelerator(cpu=True))
+    ranks.rank, ranks.size = given.pop("process", (0, 1))
     end = tokenizer.eos_token_id
     stops = frozenset({end})
-    return source.bind(SourceContext(tokenizer=tokenizer, end_of_turn=end, stop_ids=stops, max_new_tokens=80, **given))
+    return source.bind(
+        SourceContext(tokenizer=tokenizer, end_of_turn=end, stop_ids=stops, max_new_tokens=80, ranks=ranks, **given)
+    )
 
 
 def prompt(row: int = 0, **columns) -> Prompt:
@@ -245,10 +253,10 @@ def test_the_datasets_completions_end_with_the_stop_token_unless_they_are_cut(to
     assert NLL().total_weight(learned) == 4 + 2
 
 
-def test_the_students_completions_are_drawn_by_seed_step_and_rank(tokenizer):
+def test_the_students_completions_are_drawn_by_seed_step_and_place(tokenizer):
     before = rollouts(tokenizer, ["1"])
     seeds = []
-    for context in ({"seed": 0}, {"seed": 0, "rank": 1}, {"seed": 1}):
+    for context in ({"seed": 0}, {"seed": 0, "process": (1, 2)}, {"seed": 1}):
         engine = Written(before)
         source = bound(StudentSource(), tokenizer, engine=engine, **context)
         for step in (1, 2, 1):
@@ -256,7 +264,10 @@ def test_the_students_completions_are_drawn_by_seed_step_and_rank(tokenizer):
             assert written is learned is before
         seeds.append(engine.seeds)
     assert all(first == again for first, _, again in seeds)
-    assert len({seed for one in seeds for seed in one}) == 6
+    assert len({drawn for one in seeds for drawn in one}) == 6
+    assert [places for _, places in seeds[0]] == [range(1)] * 3
+    assert [places for _, places in seeds[1]] == [range(1, 2, 2)] * 3  # the second of the step's prompts
+    assert [seed for seed, _ in seeds[0]] == [seed for seed, _ in seeds[1]]
     assert NLL().total_weight(before) == 0  # the student's own text teaches it nothing
 
 
@@ -270,7 +281,7 @@ def test_lambda_on_policy_is_the_share_of_steps_on_the_students_completions(toke
     third = authors(0.3)
     assert set(third) == {"student", "dataset"}
     assert 0.2 < third.count("student") / 400 < 0.4
-    assert authors(0.3, rank=1) == third  # all ranks take the same, or their updates would wait for each other
+    assert authors(0.3, process=(1, 2)) == third  # all ranks take the same, or their updates would wait for each other
     assert authors(0.3, seed=1) != third
     assert set(authors(0.0)) == {"dataset"}
 

@@ -169,7 +169,13 @@ def trees(tmp_path_factory, train_file, held_out_file) -> dict[str, dict[str, An
             rollout={"source": {"type": "rewrite"}, "group_size": 2, "max_completion_length": 48},
         ),
         "moved": recipe(
-            unequal, objective=MIXTURE, save_steps=1, save_total_limit=3, **exact | {"max_steps": 3}, health_tokens=0
+            objective=MIXTURE,
+            save_steps=1,
+            save_total_limit=3,
+            evaluation=evaluation,
+            rollout={"group_size": 2, "max_completion_length": 48},
+            **EXACT | {"max_steps": 3},
+            health_tokens=0,
         ),
         "search": recipe(
             write_completions(folder / "given.jsonl", train_file),
@@ -288,7 +294,7 @@ def test_a_sampled_run_resumes_exactly(how, two):
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_a_run_goes_on_with_more_processes_and_with_fewer(how, alone, trees, two, tmp_path, capfd):
-    """Step 1 by one process, steps 2 and 3 by two; and after step 2 by one again: the same run on given completions."""
+    """Step 1 by one process, steps 2 and 3 by two; and after step 2 by one again: the same completions, the same run."""
     whole, more, fewer = alone("moved"), two(how, "moved"), tmp_path / "run"
     checkpoint = begun(more, fewer, step=2)
     run_recipe(parse_recipe(trees["moved"] | {"output_dir": str(fewer), "resume_from_checkpoint": checkpoint}))
@@ -296,6 +302,7 @@ def test_a_run_goes_on_with_more_processes_and_with_fewer(how, alone, trees, two
         for a, b in zip(metrics(whole), metrics(run), strict=True):
             assert a["train/loss/mean"] == pytest.approx(b["train/loss/mean"], rel=1e-5)
         assert_same_weights(saved_student(whole), saved_student(run))
+        assert evaluations(whole) == evaluations(run)
     assert "The checkpoint is of 2 processes, this run has 1" in capfd.readouterr().err
 
 

@@ -99,10 +99,11 @@ class Evaluator:
         with progress_bar(f"evaluate {benchmark.name}", len(prompts), shown=ranks.is_main) as bar:
             for first in range(ranks.rank, len(prompts) + ranks.rank, per_call):
                 self.before_batch()
-                if problems := prompts[first : first + per_call : ranks.size]:
-                    rows += self._checked(
-                        self.engine.generate(problems, sampling, seed=config.seed * 1_000_003 + first)
-                    )
+                mine = slice(first, first + per_call, ranks.size)
+                if problems := prompts[mine]:
+                    places = range(len(prompts))[mine]
+                    written = self.engine.generate(problems, sampling, seed=config.seed * 1_000_003, places=places)
+                    rows += self._checked(written)
                     bar.advance(len(problems) * ranks.size)
         rows = sorted(ranks.gather_objects(rows), key=lambda row: row["row"])
         if save_to is not None and ranks.is_main:

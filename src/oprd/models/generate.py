@@ -15,7 +15,6 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 from oprd.models.families import continues_from_cache
 from oprd.models.language_model import LanguageModel, Model
 from oprd.section import Field, PositiveInt, Section
-from oprd.seeds import derive_seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,19 +51,19 @@ class SamplingSection(Section):
 
 @torch.no_grad()
 def generate(
-    model: Model, prompts: Sequence[tuple[int, ...]], sampling: Sampling, *, seed: int, cache_tokens: int
+    model: Model, prompts: Sequence[tuple[int, ...]], sampling: Sampling, *, seeds: Sequence[int], cache_tokens: int
 ) -> list[tuple[int, ...]]:
     """`sampling.samples` completions of every prompt, prompt by prompt, each up to and with its first stop token.
 
-    A completion depends on weights, prompt, sampling, seed and its number in the list alone, not on what is written
-    beside it. Prompts of similar length run together, as many as fit `cache_tokens` tokens of key-value cache.
+    A completion depends on weights, prompt, sampling and its own one of `seeds` alone, not on what is written beside it.
+    Prompts of similar length run together, as many as fit `cache_tokens` tokens of key-value cache.
     """
     repeated = [ids for ids in prompts for _ in range(sampling.samples)]
     completions: list[tuple[int, ...]] = [()] * len(repeated)
     stop_ids = model.lm.stop_ids  # read from the config that is set aside below
     with bare_generation_config(model.lm.core):
         for rows in _groups([len(ids) + sampling.max_new_tokens for ids in repeated], cache_tokens):
-            draws = [torch.Generator(model.lm.device).manual_seed(derive_seed(seed, row)) for row in rows]
+            draws = [torch.Generator(model.lm.device).manual_seed(seeds[row]) for row in rows]
             done = _together(model, [repeated[row] for row in rows], draws, sampling, stop_ids)
             for row, ids in zip(rows, done, strict=True):
                 completions[row] = ids

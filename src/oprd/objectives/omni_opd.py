@@ -159,8 +159,7 @@ class OmniOPD(OutputObjective):
         spec = HiddenSpec(block="last", at="predicting", tokens=ALL_TOKENS)
         groups, lm = rows_by_tokens(rollouts, context.micro_batch_tokens), context.student.lm
         found: dict[int, Tensor] = {}
-        for number in range(int(context.ranks.max(len(groups)))):
-            rows = groups[number % len(groups)]
+        for rows, _ in context.ranks.in_step(groups):
             some = rollouts.take(rows)
             batch = student_batch(some, pad_id=lm.pad_id, device=lm.device)
             states = context.student.hidden(batch, Taps(hidden=(spec,), head=True))

@@ -31,14 +31,19 @@ class RolloutEngine(ABC):
         """Completions that are written together where prompt and completion have at most this many tokens; at least 1."""
 
     @abstractmethod
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> Rollouts:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, places: range | None = None
+    ) -> Rollouts:
         """`sampling.samples` completions of every prompt, prompt by prompt. Called inside `session`.
 
-        The result depends on weights, prompts, sampling and seed alone. A completion that meets the length limit before a
-        stop token is marked unfinished; its text is as sampled, without an invented end.
+        A completion depends on weights, prompt, sampling, seed and the prompt's place alone. `places` are those among the
+        prompts of all ranks, None where there are no others: it is the same on any number of processes. One that meets the
+        length limit before a stop token is marked unfinished; its text is as sampled, without an invented end.
         """
 
-    def write_ahead(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> None:  # noqa: B027
+    def write_ahead(  # noqa: B027
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, places: range | None = None
+    ) -> None:
         """Begin, with the weights of now, what `generate` will be asked for by these arguments in the next session."""
 
     @contextlib.contextmanager

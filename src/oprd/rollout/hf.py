@@ -8,6 +8,7 @@ from oprd.models.generate import Sampling, generate
 from oprd.models.language_model import Model
 from oprd.models.loading import ModelFacts
 from oprd.rollout.base import EngineConfig, EngineContext, RolloutEngine
+from oprd.seeds import derive_seed
 from oprd.types import Prompt, Rollouts
 
 
@@ -40,12 +41,16 @@ class HFEngine(RolloutEngine):
     def at_once(self, tokens: int) -> int:
         return max(1, self._cache_tokens // tokens)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> Rollouts:
-        ids = [prompt.token_ids for prompt in prompts]
-        completions = generate(self._writer, ids, sampling, seed=seed, cache_tokens=self._cache_tokens)
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, places: range | None = None
+    ) -> Rollouts:
+        ids, samples = [prompt.token_ids for prompt in prompts], sampling.samples
+        numbers = [samples * place + n for place in places or range(len(prompts)) for n in range(samples)]
+        seeds = [derive_seed(seed, number) for number in numbers]
+        completions = generate(self._writer, ids, sampling, seeds=seeds, cache_tokens=self._cache_tokens)
         stops = self._model.lm.stop_ids
         return Rollouts(
-            prompts=tuple(prompt for prompt in prompts for _ in range(sampling.samples)),
+            prompts=tuple(prompt for prompt in prompts for _ in range(samples)),
             completion_ids=tuple(completions),
             finished=tuple(bool(ids) and ids[-1] in stops for ids in completions),
             max_new_tokens=sampling.max_new_tokens,

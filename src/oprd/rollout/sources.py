@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import PrivateAttr, field_validator
 from transformers import PreTrainedTokenizerBase
 
 from oprd.data.chat import decode, encode, fill, texts_to_judge
+from oprd.distributed import Ranks
 from oprd.errors import ConfigError, DataError
 from oprd.models.generate import Sampling
 from oprd.rollout.base import RolloutEngine
@@ -41,7 +42,7 @@ class SourceContext:
     max_new_tokens: int
     """Longest completion of the run."""
     seed: int
-    rank: int
+    ranks: Ranks
     verifier: VerifierPool
 
 
@@ -79,14 +80,16 @@ class Source(Section, ABC):
 
     def write_ahead(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> None:
         """Let the student begin to write for a later step with the weights of now."""
-        self._context.engine.write_ahead(prompts, sampling, seed=self._seed(step))
+        self._context.engine.write_ahead(prompts, sampling, **self._draws(prompts, step))
 
     def _student_writes(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> Rollouts:
         with self._context.engine.session():
-            return self._context.engine.generate(prompts, sampling, seed=self._seed(step))
+            return self._context.engine.generate(prompts, sampling, **self._draws(prompts, step))
 
-    def _seed(self, step: int) -> int:
-        return derive_seed(self._context.seed, "rollout", step, self._context.rank)
+    def _draws(self, prompts: Sequence[Prompt], step: int) -> dict[str, Any]:
+        # 0 was the rank: one process writes what it always did
+        seed = derive_seed(self._context.seed, "rollout", step, 0)
+        return {"seed": seed, "places": self._context.ranks.places(prompts)}
 
     def _dataset_writes(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollouts:
         """The dataset's completions, ended by the stop token unless they are too long."""

@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, cast, final
@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from oprd.errors import ConfigError, ServerError
+from oprd.errors import ConfigError
+from oprd.files import writing
 from oprd.models.generate import Sampling
 from oprd.models.language_model import LanguageModel, Model, is_peft
 from oprd.models.loading import ModelFacts
@@ -129,24 +130,30 @@ class VLLMEngine(RolloutEngine):
             for server in self._servers:
                 server.sleep(keep_weights=self._adapter)
 
-    def write_ahead(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> None:
-        self._ahead = (prompts, sampling, seed), self._background.submit(self._write, prompts, sampling, seed)
+    def write_ahead(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, places: range | None = None
+    ) -> None:
+        asked = prompts, sampling, seed, places or range(len(prompts))
+        self._ahead = asked, self._background.submit(self._write, *asked)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> Rollouts:
-        if self._ahead is None or self._ahead[0] != (prompts, sampling, seed):
-            return self._write(prompts, sampling, seed)
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, places: range | None = None
+    ) -> Rollouts:
+        asked = prompts, sampling, seed, places or range(len(prompts))
+        if self._ahead is None or self._ahead[0] != asked:
+            return self._write(*asked)
         (_, written), self._ahead = self._ahead, None
         return replace(written.result(), staleness=1)
 
-    def _write(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> Rollouts:
-        stops, servers, rank = self._model.lm.stop_ids, self._servers, self._context.ranks.rank
+    def _write(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, places: range) -> Rollouts:
+        stops, servers = self._model.lm.stop_ids, self._servers
 
-        def write(number: int) -> list[dict[str, Any]]:
-            body = _request(prompts[number].token_ids, sampling, stops, derive_seed(seed, number))
-            return servers[(rank + number) % len(servers)].complete(body, adapter=self._adapter)
+        def write(prompt: Prompt, place: int) -> list[dict[str, Any]]:
+            body = _request(prompt.token_ids, sampling, stops, derive_seed(seed, place))
+            return servers[place % len(servers)].complete(body, adapter=self._adapter)
 
         with ThreadPoolExecutor(max_workers=max(1, len(prompts))) as threads:
-            choices = [choice for row in threads.map(write, range(len(prompts))) for choice in row]
+            choices = [choice for row in threads.map(write, prompts, places) for choice in row]
         ids = tuple(tuple(choice["token_ids"]) for choice in choices)
         return Rollouts(
             prompts=tuple(prompt for prompt in prompts for _ in range(sampling.samples)),
@@ -165,29 +172,20 @@ class VLLMEngine(RolloutEngine):
         if self._ahead is not None:
             wait([self._ahead[1]])  # a completion is written by one model
         weights, is_main = self._model.weights(), self._context.ranks.is_main
-        self._together("save the student's weights", lambda: self._save(weights) if is_main else None)
+        self._context.ranks.together(lambda: self._save(weights) if is_main else None)
         mine = is_main or not self._config.urls  # servers that ranks share are told once
-        self._together("load them into vLLM", lambda: self._load() if mine else None)
-
-    def _together(self, what: str, work: Callable[[], None]) -> None:
-        """Do it on every rank. Raises ServerError on all where one fails: none waits for the others forever."""
-        error = None
-        try:
-            work()
-        except (ServerError, OSError) as caught:
-            error = caught
-        if self._context.ranks.any_rank(error is not None):
-            raise ServerError(str(error or f"another process could not {what}; its message says why")) from error
+        self._context.ranks.together(lambda: self._load() if mine else None)
 
     def _save(self, weights: Mapping[str, Tensor]) -> None:
         lm, dtype = self._model.lm, torch.bfloat16 if self._context.bf16 else torch.float32
         state = {name: x.to(dtype) if x.is_floating_point() else x for name, x in weights.items()}
         heads = {name: x for name, x in state.items() if name in (cast(Any, lm.core)._tied_weights_keys or ())}
-        lm.model.save_pretrained(str(self._weights), state_dict=state)  # without them
-        if not self._adapter:
-            lm.tokenizer.save_pretrained(self._weights)
-        if self._untied:
-            save_file(heads, self._weights / "lm_head.safetensors")
+        with writing(self._weights):
+            lm.model.save_pretrained(str(self._weights), state_dict=state)  # without them
+            if not self._adapter:
+                lm.tokenizer.save_pretrained(self._weights)
+            if self._untied:
+                save_file(heads, self._weights / "lm_head.safetensors")
 
     def _load(self) -> None:
         if not self._servers:

@@ -1,7 +1,6 @@
 """Teachers in this process: a frozen model, or the initial student under another prompt. Tapped before the LM head."""
 
-import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, ClassVar, Literal, final
@@ -19,10 +18,10 @@ from oprd.models.loading import ModelFacts, load_frozen, missing_in_common
 from oprd.models.probe import Use, packing
 from oprd.models.quantization import require_bitsandbytes
 from oprd.progress import console
+from oprd.seeds import derive_seed
 from oprd.teacher.base import (
     Chains,
     Generation,
-    GenerationRequest,
     Generations,
     Teacher,
     TeacherConfig,
@@ -97,12 +96,22 @@ class LocalTeacher(Teacher):
                 together[sampling].append(i)
         done: dict[int, Generation] = {}
         for sampling, rows in together.items():
-            n, seed = sampling.samples, request_seed(self.seed, [(requests[i], ids[i]) for i in rows])
-            prompts = [ids[i] for i in rows]
-            completions = generate(self.model, prompts, sampling, seed=seed, cache_tokens=self.cache_tokens)
+            n, prompts = sampling.samples, [ids[i] for i in rows]
+            seeds = [derive_seed(seed, number) for seed in self._seeds(prompts) for number in range(n)]
+            completions = generate(self.model, prompts, sampling, seeds=seeds, cache_tokens=self.cache_tokens)
             done |= {i: self._generation(completions[n * at : n * at + n]) for at, i in enumerate(rows)}
         answers = iter(done.get(i) for i in range(len(requests)))
         return [[next(answers) for _ in chain] for chain in chains]
+
+    def _seeds(self, prompts: Sequence[tuple[int, ...]]) -> list[int]:
+        """A seed for each, from its text alone: the same request is answered alike after a resume and on any process.
+        Equal ones of one call are different draws."""
+        seen: Counter[tuple[int, ...]] = Counter()
+        seeds = []
+        for ids in prompts:
+            seeds.append(derive_seed(self.seed, "teacher", *ids, seen[ids]))
+            seen[ids] += 1
+        return seeds
 
     def comparable(self, rollouts: Rollouts, specs: Sequence[HiddenSpec]) -> tuple[HiddenSpec, ...]:
         if self.aligner is not None:
@@ -142,15 +151,6 @@ class LocalTeacher(Teacher):
             finished=tuple(bool(ids) and ids[-1] in lm.stop_ids for ids in completions),
             tokens=sum(map(len, completions)),
         )
-
-
-def request_seed(seed: int, requests: Sequence[tuple[GenerationRequest, tuple[int, ...]]]) -> int:
-    """A seed that follows from the requests, so that a resumed run gets the same answers without any state."""
-    asked = [
-        (tuple((m.role, m.content) for m in r.messages), r.prefix, r.samples, r.max_new_tokens, r.temperature, ids)
-        for r, ids in requests
-    ]
-    return int.from_bytes(hashlib.blake2b(repr((seed, asked)).encode(), digest_size=7).digest(), "big")
 
 
 @final

@@ -294,8 +294,8 @@ def _start(parts: Parts) -> Progress:
                 console.print(f"{folder.path}: going on after step {progress.step}.")
             if ranks.is_main and stored["processes"] != ranks.size:
                 console.print(
-                    f"The checkpoint is of {stored['processes']} processes, this run has {ranks.size}: each draws its own random "
-                    "numbers, so other tokens are sampled than would have been. Given completions are learned on as before.",
+                    f"The checkpoint is of {stored['processes']} processes, this run has {ranks.size}: updates are the same but for "
+                    "what they draw themselves (LoRA dropout, redrawn tokens).",
                     style="yellow",
                 )
 

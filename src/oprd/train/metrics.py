@@ -99,16 +99,13 @@ def mass_on_stops(method: Distillation, written: Rollouts) -> str:
     lm, ranks, ends = method.student.lm, method.ranks, TokenSelection(keep="last", k=1)
     spec = HiddenSpec(block="last", at="predicting", tokens=ends)
     done = [i for i, finished in enumerate(written.finished) if finished]
-    # sharded: every rank makes as many passes
-    micros = split_by_tokens(written.take(done or [0]), method.micro_batch_tokens)
     stops, taps = list(lm.stop_ids), Taps(hidden=(spec,), head=True)
     sums = torch.zeros(2, len(stops) + 1, dtype=torch.float64)
-    for number in range(int(ranks.max(len(micros)))):
-        micro = micros[number % len(micros)]
+    for micro, own in ranks.in_step(split_by_tokens(written.take(done or [0]), method.micro_batch_tokens)):
         models: list[HiddenStates | None] = [method.student.hidden(method.batch(micro), taps)]
         if method.teacher.comparable(micro, (spec,)):
             models.append(method.teacher.targets(micro, taps).teacher)
-        if not done or number >= len(micros):
+        if not done or not own:
             continue
         for total, states in zip(sums, models, strict=False):
             assert states is not None

@@ -24,8 +24,8 @@ def few_fresh(parts: Parts, written: Rollouts, step: int) -> Rollouts:
     sampling = replace(
         sampling_at(parts, step), samples=1, max_new_tokens=min(64, parts.recipe.rollout.length_at(step))
     )
-    seed = derive_seed(parts.recipe.seed, "check", step, parts.ranks.rank)
-    return parts.engine.generate(prompts, sampling, seed=seed)
+    seed = derive_seed(parts.recipe.seed, "check", step)
+    return parts.engine.generate(prompts, sampling, seed=seed, places=parts.ranks.places(prompts))
 
 
 def write_ahead(parts: Parts, step: int) -> None:

@@ -89,7 +89,7 @@ def setup(recipe: Recipe, given: Given | None = None) -> Parts:
     source = rollout.source.bind(
         SourceContext(
             engine=engine, teacher=teacher, tokenizer=student.lm.tokenizer, end_of_turn=student.lm.end_of_turn, 
-            stop_ids=frozenset(student.lm.stop_ids), max_new_tokens=rollout.max_completion_length, seed=recipe.seed, rank=ranks.rank, verifier=verifier,
+            stop_ids=frozenset(student.lm.stop_ids), max_new_tokens=rollout.max_completion_length, seed=recipe.seed, ranks=ranks, verifier=verifier,
         )
     )  # fmt: skip
     method = Distillation(

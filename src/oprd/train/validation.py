@@ -23,15 +23,15 @@ def validate(parts: Parts, config: EffOPDConfig, step: int) -> Scores:
     ranks, recipe = parts.ranks, parts.recipe
     rank, size = (0, 1) if ranks.sharded else (ranks.rank, ranks.size)
     prompts = validation_prompts(config, parts.prompts, recipe.seed)
-    mine = prompts[rank::size]
+    mine, places = prompts[rank::size], range(len(prompts))[rank::size]
     rows: list[tuple[int, float | None, int]] = []
-    seed = derive_seed(recipe.seed, "extrapolation", step, rank)
+    seed = derive_seed(recipe.seed, "extrapolation", step, 0)
     # the answer stands at the end: completions that a schedule still cuts short would all be wrong, and every tie accepted
     whole, rollout = config.score == "accuracy", recipe.rollout
     longest = rollout.max_completion_length if whole else rollout.length_at(step)
     sampling = rollout.sampling(samples=config.validation_samples, max_new_tokens=longest)
     with parts.engine.session():  # on every rank
-        written = parts.engine.generate(mine, sampling, seed=seed)
+        written = parts.engine.generate(mine, sampling, seed=seed, places=places)
     if mine:
         if ranks.sharded:
             # a last bit on another GPU can lead to another token, and then to another number of passes than the others make
