@@ -20,7 +20,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/oprd demo
 
-# Three and a half minutes on two cores: everything but what trains real models or starts several processes.
+# Two minutes on two cores: all but whole runs, servers, every family, texts drawn at random, and what starts processes.
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not vllm'
 

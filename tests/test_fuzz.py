@@ -29,6 +29,8 @@ from oprd.models.loading import ModelFacts, load_frozen
 from oprd.recipe import load_recipe, parse_recipe, recipe_to_yaml
 from oprd.types import Message
 
+pytestmark = pytest.mark.slow
+
 CASES = int(os.environ.get("OPRD_FUZZ", "0"))
 TALLY: Counter[str] = Counter()
 """Cases by test and outcome."""

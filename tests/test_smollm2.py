@@ -137,6 +137,7 @@ def test_every_recipe_loads_and_is_what_its_first_line_says():
         load_recipe(file)
 
 
+@pytest.mark.slow
 def test_the_papers_recipe_holds_the_papers_values_and_runs_at_a_shrunken_shape(tmp_path, dapo):
     """Same code, same config; only the two models are small ones of the same architecture."""
     file = ROOT / "recipes" / "oprd_vanilla.yaml"

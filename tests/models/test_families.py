@@ -26,6 +26,7 @@ def lm_of(family):
     return LanguageModel(model=model, tokenizer=TOKENIZER, name=family)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in BY_NAME])
 def test_a_family_is_right_or_refused(family):
     lm = lm_of(family)
@@ -53,6 +54,7 @@ def test_wrong_writing_is_no_obstacle_where_nothing_is_written():
     check_family(lm, Use(taps=Taps(head=True), text=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("taps", [Taps(hidden=(FIRST,)), Taps(hidden=(LAST,), head=True)], ids=["block 1", "head"])
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_what_is_left_trainable_is_what_gets_gradient(family, taps):

@@ -73,6 +73,7 @@ def test_a_servers_log_probabilities_give_the_loss_of_a_local_teachers(name, tok
             assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 def test_redrawn_tokens_estimate_the_exact_gradient_on_a_trajectory_the_student_did_not_write(student_facts):
     student, targets = states(0), Targets(teacher=states(1))
     wanted, _ = gradients(OPD().bind(student_facts).per_token(student, targets), student)

@@ -24,6 +24,8 @@ from oprd.train.accelerator import open_accelerator
 from oprd.train.pair import Given
 from oprd.train.setup import check
 
+pytestmark = pytest.mark.slow
+
 SHAPE = {
     "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "tie_word_embeddings": True,
@@ -104,7 +106,6 @@ def measured_peak(recipe):
     return before + max(itertools.accumulate(event.nbytes() for event in events))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_update_takes_the_memory_that_is_planned(name, recipe_of):
     recipe = recipe_of(**CASES[name])

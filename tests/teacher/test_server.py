@@ -37,6 +37,8 @@ from serving import (
     transformers_serve,
 )
 
+pytestmark = pytest.mark.slow
+
 OMNI = {"type": "omni_opd", "chunk_tokens": 6, "chunks": 2, "continuations": 3, "anchor": 0.1}
 SAMPLED = {"type": "opd_sampled"}
 LENGTHS = {"group_size": 2, "max_completion_length": 48}
@@ -91,7 +93,6 @@ def test_a_real_server_whose_chat_begins_anew_is_found_out_before_anything_is_lo
         connect(config, tmp_path, prompt="12+34-5+9-70", text=True, continues=True)
 
 
-@pytest.mark.slow
 def test_omni_learns_from_a_real_server_and_a_repeated_run_pays_nothing(real, tmp_path, train_file):
     teacher = real_teacher(real, cache=str(tmp_path / "cache.sqlite"))
     tree = miniature_recipe(
@@ -115,7 +116,6 @@ def test_omni_learns_from_a_real_server_and_a_repeated_run_pays_nothing(real, tm
 
 
 @pytest.mark.parametrize("source", ["rewrite", "teacher"])
-@pytest.mark.slow
 def test_rewriting_and_sequence_distillation_learn_from_a_real_server(source, real, tmp_path, train_file):
     options = {"objective": {"type": "nll"}, "max_steps": 1, "prompts_per_step": 2}
     rollout = LENGTHS | {"source": {"type": source}}
@@ -382,7 +382,6 @@ def test_a_run_goes_on_without_the_chunks_it_lost(server, tmp_path, train_file, 
 
 
 @pytest.mark.parametrize("end", ["death", "budget"])
-@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights_and_pays_nothing_twice(end, server, tmp_path, train_file):
     whole = omni_run(tmp_path / "whole", train_file, server.url)
     run_recipe(parse_recipe(whole))
@@ -463,7 +462,6 @@ def test_what_the_cache_may_grow_to_is_part_of_the_room_that_a_run_needs(tmp_pat
         setup(parse_recipe(tree | {"teacher": elsewhere}))
 
 
-@pytest.mark.slow
 def test_what_was_under_way_when_a_run_was_killed_is_paid_from_its_budget(server, tmp_path, train_file):
     teacher = served(server.url, max_requests=13)
     options = {"objective": SAMPLED, "prompts_per_step": 2, "max_steps": 2, "health_tokens": 0, "save_steps": 100}
@@ -494,7 +492,6 @@ def test_what_was_under_way_when_a_run_was_killed_is_paid_from_its_budget(server
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]
 
 
-@pytest.mark.slow
 def test_omni_combines_with_another_term_lora_and_several_teachers(server, tmp_path):
     data = tmp_path / "d.jsonl"
     rows = [{"problem": f"{i}1+2-{i}", "teacher": name} for i, name in enumerate(["near", "far"] * 2, start=1)]
@@ -563,7 +560,6 @@ def test_a_local_teacher_of_another_tokenizer_can_be_asked_for_text(tmp_path, tr
     assert row["omni/similarity/mean"] > 0
 
 
-@pytest.mark.slow
 def test_smollm2_behind_a_server_teaches_three_steps_on_real_problems(smollm2, dapo, tmp_path):
     """Its own weights teach it: OmniOPD, then MPD by likelihood, from text alone."""
     # ten tokens are no answer to a real problem, and what has no answer is not rewritten

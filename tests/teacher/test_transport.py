@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from oprd.errors import ConfigError, DiskError, ServerError
 from oprd.teacher import transport
-from oprd.teacher.exchange import Request, Tokens
-from oprd.teacher.transport import ServerSection, Transport
+from oprd.teacher.exchange import Request, ServerSection, Tokens
+from oprd.teacher.transport import Transport
 from processes import room
 from serving import Body, FaultyServer
 
@@ -113,6 +113,7 @@ def test_requests_of_a_chain_go_in_order_and_chains_side_by_side_up_to_the_limit
     assert min(asked[2][0], asked[3][0]) > min(asked[0][2], asked[1][2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["500", "cut", "not json", "wrong json", "empty", "fewer", "longer", "429"])
 def test_a_fault_that_passes_costs_a_retry_and_no_answer(fault, server, tmp_path):
     server.fault = lambda number: fault if number % 3 == 0 else None
@@ -128,6 +129,7 @@ def test_a_fault_that_passes_costs_a_retry_and_no_answer(fault, server, tmp_path
         assert open_transport(calm, tmp_path / "calm").send(chains) == responses  # the faults changed no response
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["500", "cut", "not json", "empty", "fewer", "longer"])
 def test_a_fault_that_stays_loses_that_request_alone(fault, server, tmp_path, half_may_be_lost):
     asked = open_transport(server, tmp_path, max_retries=1, concurrency=1)
@@ -137,6 +139,7 @@ def test_a_fault_that_stays_loses_that_request_alone(fault, server, tmp_path, ha
     assert counts(asked)["lost"] == 1
 
 
+@pytest.mark.slow
 def test_a_request_that_hangs_is_given_up_at_its_limit_and_the_rest_goes_on(server, tmp_path, half_may_be_lost):
     server.fault = lambda number: "hang" if number == 2 else None
     open_transport(server, tmp_path).send([[request("5+6")]])  # the first generation is slow
@@ -147,6 +150,7 @@ def test_a_request_that_hangs_is_given_up_at_its_limit_and_the_rest_goes_on(serv
     assert account(tmp_path)[:2] == (3, 9)
 
 
+@pytest.mark.slow
 def test_a_step_ends_at_its_limit_whatever_hangs(server, tmp_path):
     server.fault = lambda number: "hang" if number > 3 else None
     asked = open_transport(server, tmp_path, step_timeout_s=5.0)
@@ -471,6 +475,7 @@ BAD_BODIES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [200, 500])
 @pytest.mark.parametrize("content", BAD_BODIES.values(), ids=BAD_BODIES)
 def test_a_body_of_any_other_shape_is_a_lost_response(content, status, server, tmp_path):
@@ -488,6 +493,7 @@ def test_a_count_of_tokens_that_cannot_be_true_is_booked_as_the_most(count, serv
     assert account(tmp_path) == (1, 3, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [200, 401])
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
 def test_a_body_of_any_size_takes_bounded_memory(packed, status, server, tmp_path):

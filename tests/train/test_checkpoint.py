@@ -87,6 +87,7 @@ DAMAGE: dict[Callable[[Path, random.Random, Path], object], int] = {
 """How often each kind is tried on each file."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_every_damage_to_a_file_is_named_and_the_checkpoint_before_is_taken(name, run, ranks, capfd):
     folder, rng = run / "checkpoints", random.Random(name)

@@ -120,6 +120,7 @@ def test_a_run_with_a_damaged_file_goes_on_to_the_same_end_or_says_what_is_wrong
     assert count["right"]
 
 
+@pytest.mark.slow
 def test_a_report_on_a_run_with_a_damaged_file_is_right_or_says_what_is_wrong(tree, tmp_path):
     """Right is what the whole lines say: a log may end early, as that of a run at work."""
     rng, count, whole = random.Random(1), Counter(), Path(tree["output_dir"])

@@ -24,6 +24,8 @@ from oprd.train.run import run_recipe
 from oprd.train.run_folder import RunFolder
 from train.runs import assert_equal_runs, assert_same_weights, metrics, saved_student
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory, train_file, held_out_file):
@@ -80,7 +82,6 @@ run_recipe(load_recipe(sys.argv[1]))
 """
 
 
-@pytest.mark.slow
 def test_kill_9_while_a_checkpoint_is_being_written_loses_nothing(tree, tmp_path):
     """The process kills itself in its second checkpoint, when the shards are written but not renamed."""
     recipe = tree | {"output_dir": str(tmp_path / "run"), "resume_from_checkpoint": "latest"}
@@ -96,7 +97,6 @@ def test_kill_9_while_a_checkpoint_is_being_written_loses_nothing(tree, tmp_path
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
-@pytest.mark.slow
 def test_ctrl_c_on_the_command_line_leaves_a_run_that_resumes(tree, tmp_path):
     recipe = tree | {"output_dir": str(tmp_path / "run"), "max_steps": 4000, "save_steps": 10_000, "eval_steps": None}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"evaluation": {}}))
@@ -170,7 +170,6 @@ def test_a_checkpoint_of_another_run_is_refused(tree, tmp_path):
         run_recipe(parse_recipe(tree | {"resume_from_checkpoint": str(tmp_path)}))
 
 
-@pytest.mark.slow
 def test_a_run_whose_last_evaluation_fails_has_its_student_and_goes_on_with_other_settings(tree, tmp_path, monkeypatch):
     recipe = tree | {"output_dir": str(tmp_path / "run"), "eval_steps": None}
 
@@ -191,7 +190,6 @@ def test_a_run_whose_last_evaluation_fails_has_its_student_and_goes_on_with_othe
     assert "12" in (tmp_path / "run" / "student" / "README.md").read_text()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("place", ["targets", "step_metrics"])
 def test_an_error_in_a_step_loses_no_whole_step(place, tree, tmp_path, monkeypatch):
     """Before the weights change the step before is saved; once they have changed, and the step is counted, the step itself."""

@@ -18,6 +18,8 @@ from oprd.train.checkpoint import checkpoints
 from oprd.train.run import run_recipe
 from train.runs import assert_equal_runs, evaluations
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory, train_file, held_out_file):
@@ -118,7 +120,6 @@ PLACES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_outside_of_the_loop_a_signal_ends_the_process_with_its_code(place, tree, tmp_path, held_out_file):
     command, module, name, number = PLACES[place]

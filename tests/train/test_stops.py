@@ -44,6 +44,7 @@ def test_the_stop_ids_of_both_end_a_completion_and_are_one_action(student, tmp_p
     assert parts.method.teacher.model.lm.stop_ids == (OWN, TEACHERS)
 
 
+@pytest.mark.slow
 def test_the_first_step_says_how_probable_each_side_holds_each_stop(student, tmp_path, train_file, capfd):
     """Held against the models' own forward passes over the same completions, one at a time."""
     tree = miniature_recipe(

@@ -38,6 +38,8 @@ from train.runs import (
     weights_after,
 )
 
+pytestmark = pytest.mark.slow
+
 BASE = str(MODELS / "base")
 SAMPLED = {"type": "opd_sampled"}
 
@@ -232,7 +234,6 @@ def test_a_missing_library_is_named_before_loading(changes, says, tmp_path, trai
         setup(parse_recipe(miniature_recipe(tmp_path / "run", train_file) | changes))
 
 
-@pytest.mark.slow
 def test_a_run_without_adapters_and_low_bits_imports_nothing_for_them(tmp_path, train_file):
     """They take seconds of every start."""
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(miniature_recipe(tmp_path / "run", train_file, max_steps=1)))

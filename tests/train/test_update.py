@@ -53,6 +53,7 @@ def test_any_micro_batching_gives_the_same_weights(name, tmp_path, train_file, p
     assert largest_difference(whole, weights(parts)) > 1e-4, "nothing was trained"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_packed_rows_give_the_weights_of_padded_ones(name, tmp_path, train_file):
     options = {"objective": OBJECTIVES[name], "adam_epsilon": 1e-4}

@@ -58,6 +58,7 @@ def test_an_answer_is_judged(verifier, completion, answer, outcome):
     assert verdict.correct == (outcome == "correct")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bomb", [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{" + "(" * 500 + "1" + ")" * 500 + "}"])
 def test_a_bomb_is_timed_out_and_does_not_stop_the_rest(bomb):
     start = time.monotonic()

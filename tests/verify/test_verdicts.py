@@ -60,6 +60,7 @@ def cpu(pool) -> float:
     return sum(psutil.Process(worker._process.pid).cpu_times()[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "answer",
     [
