@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast, final
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from oprd.errors import ConfigError
 from oprd.files import writing
@@ -116,6 +117,7 @@ class VLLMEngine(RolloutEngine):
         tied = model.lm.core.config.get_text_config().tie_word_embeddings
         self._untied = self._on_cpu and not self._adapter and tied
         """vLLM 0.32 on a CPU keeps a tied LM head as it was first loaded: it gets the head as a tensor of its own."""
+        disable_progress_bar()  # there would be one for each step's weights
         self._weights = context.folder / "weights"
         self._servers = [Server(url, config.timeout_s) for url in config.urls]
         self._background = ThreadPoolExecutor(max_workers=1)
