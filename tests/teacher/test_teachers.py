@@ -152,6 +152,37 @@ def test_each_prompt_is_answered_by_the_teacher_it_names(tmp_path):
         setup(parse_recipe(tree | {"output_dir": str(tmp_path / "second")}))
 
 
+def test_what_a_teacher_of_another_tokenizer_cannot_hold_is_not_supervised_and_counted(tmp_path, capfd):
+    """`+34+56+78` has 6 tokens of the student, a token for two digits, and 9 of the teacher, of which 6 fit."""
+    data = tmp_path / "one.jsonl"
+    data.write_text('{"problem": "1+2"}\n')
+    lm = load_miniature("base")
+    prompt = len(render(lm.tokenizer, (Message(role="user", content="1+2"),)))
+    weights, values, metrics = [], [], []
+    for context in (256, prompt + 6):
+        lm.core.config.max_position_embeddings = context
+        for part in (lm.model, lm.tokenizer):
+            part.save_pretrained(tmp_path / f"teacher {context}")
+        teacher = {"type": "local", "model": str(tmp_path / f"teacher {context}"), "dtype": "float32"}
+        changes = {"student": {"model": str(MODELS / "wide_teacher")}, "objective": {"type": "opd_sampled"}}
+        tree = miniature_recipe(tmp_path / f"run {context}", data, teacher=teacher, **changes)
+        parts = setup(parse_recipe(tree | {"rollout": {"max_completion_length": 6}}))
+        method, (objective,) = parts.method, parts.method.student.objectives
+        tokenizer = method.student.lm.tokenizer
+        ids = (*tokenizer("+34+56+78")["input_ids"], tokenizer.eos_token_id)
+        given = Rollouts(prompts=(parts.prompts[0],), completion_ids=(ids,), finished=(True,))
+        annotated = method.annotate(method.annotate(given))
+        losses = method.student.losses(method.batch(annotated), method.targets(annotated))
+        weights.append(objective.weights(annotated).tolist())
+        values.append(losses[0].detach())
+        metrics.append({metric.name: metric.sum for metric in method.teacher.metrics()})
+    assert weights == [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]]
+    assert_close(values[1][:4], values[0][:4])
+    assert metrics[0] == {"teacher/aligned/share": 7, "teacher/beyond_context/sum": 0}
+    assert metrics[1] == {"teacher/aligned/share": 4, "teacher/beyond_context/sum": 1}
+    assert capfd.readouterr().err.count("1 of 1 completions are longer in the tokens of teacher") == 1
+
+
 def test_models_and_datasets_can_be_objects(tmp_path):
     base, teacher = load_miniature("base"), load_miniature("teacher")
     before = base.model.state_dict()["model.norm.weight"].clone()

@@ -1,5 +1,6 @@
 """Teachers in this process: a frozen model, or the initial student under another prompt. Tapped before the LM head."""
 
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -28,7 +29,18 @@ from oprd.teacher.base import (
     TeacherContext,
     TeacherFacts,
 )
-from oprd.types import ALL_TOKENS, Capability, HiddenSpec, HiddenStates, LogprobTargets, Metric, Rollouts, Taps, Targets
+from oprd.types import (
+    ALL_TOKENS,
+    Capability,
+    HiddenSpec,
+    HiddenStates,
+    LogprobTargets,
+    Metric,
+    Rollouts,
+    Taps,
+    Targets,
+    TokenAlignment,
+)
 
 LOCAL = frozenset(Capability) - {Capability.ON_POLICY, Capability.TEACHER_TEXT}
 """All but what sources provide."""
@@ -56,20 +68,30 @@ class LocalTeacher(Teacher):
     """Variables of its chat template."""
     _aligned: int = field(default=0, init=False)
     _of: int = field(default=0, init=False)
-    _warned: bool = field(default=False, init=False)
+    _beyond: int = field(default=0, init=False)
+    _warned: set[str] = field(default_factory=set, init=False)
 
     def annotate(self, rollouts: Rollouts) -> Rollouts:
         if self.aligner is None:
             return rollouts
         together = zip(rollouts.completion_ids, rollouts.finished, strict=True)
-        alignments = tuple(self.aligner.align(ids, finished=finished) for ids, finished in together)
+        whole = [self.aligner.align(ids, finished=finished) for ids, finished in together]
+        rooms = [self.context - len(prompt.teacher_token_ids) for prompt in rollouts.prompts]
+        alignments = tuple(map(_within, whole, rooms))
         self._aligned, self._of = sum(len(one.student_index) for one in alignments), sum(rollouts.lengths)
-        if self._aligned < FEW_ALIGNED * self._of and not self._warned:
-            self._warned = True
-            console.print(
+        self._beyond = sum(len(one.teacher_ids) > room for one, room in zip(whole, rooms, strict=True))
+        if self._beyond:
+            self._warn(
+                "beyond",
+                f"{self._beyond} of {len(whole)} completions are longer in the tokens of teacher {self.model.lm.name} than its "
+                f"context of {self.context} holds behind the prompt; what is beyond it is not supervised "
+                "(teacher/beyond_context/sum). Lower max_completion_length.",
+            )
+        if self._aligned < FEW_ALIGNED * self._of:
+            self._warn(
+                "few",
                 f"Only {self._aligned / self._of:.0%} of the tokens end where one of teacher {self.model.lm.name} "
                 "ends; the others are not supervised. A teacher with a closer tokenizer would say more.",
-                style="yellow",
             )
         return replace(rollouts, alignments=alignments)
 
@@ -121,7 +143,16 @@ class LocalTeacher(Teacher):
     def metrics(self) -> tuple[Metric, ...]:
         if self.aligner is None:
             return ()
-        return (Metric(name="teacher/aligned/share", sum=float(self._aligned), count=float(self._of)),)
+        return (
+            Metric(name="teacher/aligned/share", sum=float(self._aligned), count=float(self._of)),
+            Metric(name="teacher/beyond_context/sum", sum=float(self._beyond)),
+        )
+
+    def _warn(self, kind: str, text: str) -> None:
+        """Print the first warning of each kind."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            console.print(text, style="yellow")
 
     def _span_logprobs(self, rollouts: Rollouts) -> LogprobTargets:
         """At each aligned token of the student, the teacher's log-probability of the text since the last one."""
@@ -151,6 +182,17 @@ class LocalTeacher(Teacher):
             finished=tuple(bool(ids) and ids[-1] in lm.stop_ids for ids in completions),
             tokens=sum(map(len, completions)),
         )
+
+
+def _within(alignment: TokenAlignment, room: int) -> TokenAlignment:
+    """The alignment with the first `room` tokens of the teacher."""
+    pairs = bisect_left(alignment.teacher_index, room)
+    return replace(
+        alignment,
+        teacher_ids=alignment.teacher_ids[:room],
+        student_index=alignment.student_index[:pairs],
+        teacher_index=alignment.teacher_index[:pairs],
+    )
 
 
 @final
