@@ -7,11 +7,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from conftest import load_miniature, miniature_recipe
+from conftest import MODELS, load_miniature, miniature_recipe
 from models.families_tiny import make_model
+from oprd.models.loading import StudentConfig, load_student
 from oprd.recipe import parse_recipe
 from oprd.train.run import run_recipe
 from oprd.train.save import generation_config, saved_weights
+from oprd.train.setup import setup
 
 KEPT = {
     "deepseek_v3": "mlp.gate.e_score_correction_bias",
@@ -32,6 +34,35 @@ def test_what_a_family_keeps_in_float32_is_saved_so(family, tmp_path):
     kept = [name for name in weights if KEPT[family] in name]
     assert kept
     assert all(torch.equal(weights[name], model.state_dict()[name]) for name in kept)
+
+
+@pytest.mark.parametrize("family", ["ernie4_5_moe", "hunyuan_v1_moe"])
+def test_the_copy_that_writes_in_bfloat16_is_the_model_that_transformers_loads_so(family, tmp_path, train_file):
+    make_model(family).save_pretrained(tmp_path / "model")
+    load_miniature("base").tokenizer.save_pretrained(tmp_path / "model")
+    student, objective = {"model": str(tmp_path / "model")}, {"type": "opd"}
+    tree = miniature_recipe(tmp_path / "run", train_file, student=student, objective=objective, bf16=True)
+    ours = setup(parse_recipe(tree)).method.student.writer().lm.model
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).eval()
+    assert any(KEPT[family] in name and p.dtype == torch.float32 for name, p in ours.named_parameters())
+    assert_same_tensors(ours, theirs)
+    ids = torch.arange(10, 30)[None]
+    assert torch.equal(ours(ids).logits, theirs(ids).logits)
+
+
+def test_a_student_given_as_an_object_is_held_in_bfloat16_as_one_by_name_is():
+    """Rotary frequencies in bfloat16 are wrong by whole turns behind a few hundred tokens."""
+    given = load_student(StudentConfig(model="base", weights="bfloat16"), load_miniature("base").model)
+    assert_same_tensors(given, load_student(StudentConfig(model=str(MODELS / "base"), weights="bfloat16")))
+
+
+def assert_same_tensors(ours, theirs):
+    """Equal parameters and buffers, those that are not saved too."""
+    kinds = [[*model.named_parameters(), *model.named_buffers()] for model in (ours, theirs)]
+    assert [name for name, _ in kinds[0]] == [name for name, _ in kinds[1]]
+    for (name, mine), (_, other) in zip(*kinds, strict=True):
+        assert mine.dtype == other.dtype, name
+        assert torch.equal(mine, other), name
 
 
 def test_integers_are_saved_as_they_are(tmp_path):

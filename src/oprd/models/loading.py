@@ -30,6 +30,7 @@ from oprd.models.families import (
 from oprd.models.language_model import CausalLM, FrozenModel, LanguageModel, is_peft
 from oprd.models.pretrained import (
     base_of,
+    cast_parameters,
     check_files,
     in_short,
     load_tokenizer,
@@ -225,7 +226,11 @@ def load_student(config: StudentConfig, given: CausalLM | None = None, *, seed: 
         if config.weights == "4bit":
             keep_gradients(model)
     else:
-        model = given.float() if config.weights == "float32" else cast(Any, given).to(dtype)
+        model = given.float() if config.weights == "float32" else given
+        if config.weights != "float32":
+            cast_parameters(
+                cast(Any, given).get_base_model() if is_peft(given) else cast(PreTrainedModel, given), dtype
+            )
     check_finite(model, config.model)
     without_router_losses(model)
     if config.lora is not None:

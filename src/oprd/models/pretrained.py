@@ -1,5 +1,6 @@
 """Config, tokenizer and weights by folder or Hub name. A file that is missing, broken or would run code is a ModelError."""
 
+import copy
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -7,9 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch._guards import detect_fake_mode
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from oprd.errors import DataError, ModelError
@@ -62,6 +71,22 @@ def load_weights(model: str, *, trainable: bool = False, **given: Any) -> Any:
                 "at random. Download or save the model again"
             )
         return loaded
+
+
+def held_as(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """How transformers holds each parameter in a model of `dtype`: a family may keep some in float32."""
+    with torch.device("meta"):
+        empty = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)  # pyright: ignore[reportPrivateUsage]
+    float32 = "|".join(empty._get_dtype_plan(dtype)).replace("*", ".*") or "(?!)"  # pyright: ignore[reportPrivateUsage]
+    own = empty.named_parameters(remove_duplicate=False)
+    return {name: torch.float32 if re.search(float32, name) else x.dtype for name, x in own}
+
+
+def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Hold the parameters as a model of `dtype` does. Buffers stay: rotary embeddings need their precision."""
+    held = held_as(model, dtype)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(held.get(name.replace(".base_layer", ""), dtype))
 
 
 def read_config(model: str) -> Any:

@@ -1,7 +1,6 @@
 """The trained student as a folder that `AutoModelForCausalLM.from_pretrained` loads, with a card that says how it was made."""
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from oprd.evaluate.evaluate import Evaluation
 from oprd.files import SUMS, checksums, replacing, write_atomically
 from oprd.models.language_model import LanguageModel, is_peft
+from oprd.models.pretrained import held_as
 from oprd.recipe import Recipe, recipe_to_yaml
 from oprd.train.setup import Parts
 
@@ -43,14 +43,10 @@ def save_student(parts: Parts) -> None:
 def saved_weights(model: PreTrainedModel, named: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
     """Each parameter as transformers holds it in a model of `dtype`, some of them in float32 always; buffers as they are.
     Tied weights stay one."""
-    with torch.device("meta"):
-        empty = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)  # pyright: ignore[reportPrivateUsage]
-    float32 = empty._get_dtype_plan(dtype)  # pyright: ignore[reportPrivateUsage]
-    held = dict(empty.named_parameters(remove_duplicate=False))
     weights = dict[str, Tensor](named)
-    for name in weights.keys() & held.keys():
-        if not any(re.search(pattern.replace("*", ".*"), name) for pattern in float32):
-            weights[name] = weights[name].to(held[name].dtype)
+    for name, held in held_as(model, dtype).items():
+        if name in weights:
+            weights[name] = weights[name].to(held)
     for tied, source in model.all_tied_weights_keys.items():
         if tied in weights and source in weights:
             weights[tied] = weights[source]

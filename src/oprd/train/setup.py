@@ -9,7 +9,6 @@ from operator import or_
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from torch import nn
 
 from oprd.algorithm import Distillation
 from oprd.data.prompts import MANY, Prompts, PromptSampler, in_order
@@ -19,6 +18,7 @@ from oprd.errors import ConfigError, DataError
 from oprd.evaluate.benchmarks import Benchmark, load_benchmarks
 from oprd.models.language_model import FrozenModel, LanguageModel, Model, is_peft
 from oprd.models.loading import ModelFacts, frozen_copy, load_frozen, load_student, student_facts
+from oprd.models.pretrained import cast_parameters
 from oprd.models.probe import Use, check_bf16, check_family, packing
 from oprd.objectives.base import Objective
 from oprd.progress import console
@@ -251,10 +251,8 @@ def _writer(recipe: Recipe, lm: LanguageModel, context: TeacherContext) -> Froze
     if recipe.student.weights != "float32" or not (recipe.bf16 or context.sharded):
         return None
     copy = frozen_copy(lm, context.device, contextlib.nullcontext)
-    if recipe.bf16:  # not the buffers, whose precision rotary embeddings need
-        small = {p: nn.Parameter(p.to(torch.bfloat16), requires_grad=False) for p in copy.lm.model.parameters()}
-        for module in copy.lm.model.modules():
-            module._parameters.update({name: small[p] for name, p in module._parameters.items() if p is not None})
+    if recipe.bf16:
+        cast_parameters(copy.lm.core, torch.bfloat16)
     return copy
 
 
