@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from oprd.data.control import control_tokens, special_tokens
 from oprd.errors import DataError
 from oprd.types import Message, Rollouts
 from oprd.verify.reasoning import is_mark, left_open
@@ -55,10 +57,19 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = Fal
     return _encode_all(tokenizer, [text], special=special)[0]
 
 
-def _encode_all(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool) -> list[tuple[int, ...]]:
-    return [
-        tuple(ids) for ids in cast(list[list[int]], tokenizer(list(texts), add_special_tokens=special)["input_ids"])
-    ]
+def encode_written(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Token ids of what a model wrote. The marks around its reasoning are tokens; other control tokens in it are letters."""
+    control = control_tokens(tokenizer)
+    hidden = control.hide(text, marks=True)
+    return encode(tokenizer, text) if hidden == text else control.encode(hidden)
+
+
+def _encode_all(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool, letters: bool = False
+) -> list[tuple[int, ...]]:
+    """`letters`: control tokens are read as these."""
+    rows = tokenizer(list(texts), add_special_tokens=special, split_special_tokens=letters)["input_ids"]
+    return [tuple(ids) for ids in cast(list[list[int]], rows)]
 
 
 def refuse_beyond(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], rows: int) -> None:
@@ -89,6 +100,7 @@ def render_all(
     options: Mapping[str, Any] | None = None,
 ) -> list[tuple[int, ...]]:
     """Token ids of each conversation up to where the assistant starts to write; `options` are variables of the chat template.
+    Control tokens in a message are letters, but for marks around an assistant's reasoning.
 
     Without a chat template (base models) the contents are joined by blank lines and tokenized as plain text. Raises DataError
     for an option that the template does not read.
@@ -98,13 +110,17 @@ def render_all(
         lacks = f"does not read {unread[0]!r}" if template else "does not exist"
         raise DataError(f"chat_template_kwargs gives {unread[0]!r}, but the chat template {lacks}; correct or drop it")
     if template:  # it writes its own special tokens, so none are added a second time
-        texts = [
-            _apply_template(tokenizer, turns, options or {}, add_generation_prompt=True) for turns in conversations
+        control = control_tokens(tokenizer)
+        hidden = [
+            [replace(turn, content=control.hide(turn.content, marks=turn.role == "assistant")) for turn in turns]
+            for turns in conversations
         ]
-        return _encode_all(tokenizer, texts, special=False)
-    rows = _encode_all(
-        tokenizer, ["\n\n".join(turn.content for turn in turns) for turns in conversations], special=True
-    )
+        texts = [_apply_template(tokenizer, turns, options or {}, add_generation_prompt=True) for turns in hidden]
+        rows = _encode_all(tokenizer, texts, special=False)
+        together = zip(conversations, hidden, texts, rows, strict=True)
+        return [ids if list(turns) == shown else control.encode(text) for turns, shown, text, ids in together]
+    texts = ["\n\n".join(turn.content for turn in turns) for turns in conversations]
+    rows = _encode_all(tokenizer, texts, special=True, letters=True)
     # some tokenizers end every text; the student's goes on
     return [ids[:-1] if ids[-1:] == (tokenizer.eos_token_id,) and len(ids) > 1 else ids for ids in rows]
 
@@ -112,7 +128,7 @@ def render_all(
 def texts_to_judge(tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts) -> list[str]:
     """The completions as an answer checker reads them: with the marks around their reasoning, where these are special tokens
     too, and behind a mark that the prompt opens it with."""
-    special = _special_tokens(tokenizer)
+    special = special_tokens(tokenizer)
     dropped = {i for i, text in special.items() if not is_mark(text)}
     begun = {
         prompt: left_open(decode(tokenizer, prompt[-MARK_TOKENS:], special=True))
@@ -153,13 +169,8 @@ def _after_assistant(tokenizer: PreTrainedTokenizerBase) -> int | None:
         text = _apply_template(tokenizer, turns, {}, add_generation_prompt=False)
     except DataError:  # a template for prompts alone
         return None
-    special = _special_tokens(tokenizer)
+    special = special_tokens(tokenizer)
     return next((i for i in encode(tokenizer, text[text.rindex(marker) + len(marker) :]) if i in special), None)
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    return named | {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def _apply_template(

@@ -42,6 +42,7 @@ class DataConfig(RowsSection):
     """Prompts for training.
 
     Columns: one of `prompt`, `problem`, `question` (text) or `messages`; optionally `answer`, `teacher`, `completion`.
+    The letters of a control token in a message, such as `<|im_end|>`, are letters to the model.
     """
 
     prompts: str

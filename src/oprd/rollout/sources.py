@@ -15,7 +15,7 @@ import torch
 from pydantic import PrivateAttr, field_validator
 from transformers import PreTrainedTokenizerBase
 
-from oprd.data.chat import decode, encode, fill, texts_to_judge
+from oprd.data.chat import decode, encode, encode_written, fill, texts_to_judge
 from oprd.distributed import Ranks
 from oprd.errors import ConfigError, DataError
 from oprd.models.generate import Sampling
@@ -194,7 +194,7 @@ class TeacherSource(_TeacherWrites):
                 ids.append(())
                 continue
             ended = (end,) if answer.finished[0] else ()
-            ids.append((*encode(self._context.tokenizer, answer.texts[0]), *ended)[:most])
+            ids.append((*encode_written(self._context.tokenizer, answer.texts[0]), *ended)[:most])
         lengths = [len(row) for row in ids if row]
         self._metrics = (
             Metric(name="sequence/length/mean", sum=float(sum(lengths)), count=float(len(lengths))),
@@ -267,7 +267,7 @@ class RewriteSource(_TeacherWrites):
         same = verify([_text(answer) for answer in answers], [own[i].extracted or "" for i in asked])
         ids, finished = list(written.completion_ids), list(written.finished)
         for i, answer, verdict in zip(asked, answers, same, strict=True):
-            rewrite = self._ended(encode(tokenizer, _text(answer)))
+            rewrite = self._ended(encode_written(tokenizer, _text(answer)))
             reasons[i] = _reason(answer, longer=len(rewrite) > len(ids[i]), same=verdict.correct)
             if reasons[i] is None:
                 ids[i], finished[i] = rewrite, True

@@ -10,7 +10,7 @@ import torch
 
 from oprd.data.alignment import Aligner
 from oprd.data.batching import student_batch, teacher_batch
-from oprd.data.chat import decode, encode, end_of_turn, render
+from oprd.data.chat import decode, encode_written, end_of_turn, render
 from oprd.errors import ConfigError
 from oprd.losses.chunked import logprobs_of
 from oprd.models.generate import Sampling, generate
@@ -110,7 +110,7 @@ class LocalTeacher(Teacher):
     def generate(self, chains: Chains) -> Generations:
         """A request that leaves no room for its answer in the context is not answered."""
         tokenizer, requests = self.model.lm.tokenizer, [request for chain in chains for request in chain]
-        ids = [(*render(tokenizer, r.messages, self.template), *encode(tokenizer, r.prefix)) for r in requests]
+        ids = [(*render(tokenizer, r.messages, self.template), *encode_written(tokenizer, r.prefix)) for r in requests]
         together: dict[Sampling, list[int]] = defaultdict(list)
         for i, r in enumerate(requests):
             if len(ids[i]) + r.max_new_tokens <= self.context:

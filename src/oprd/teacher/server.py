@@ -11,10 +11,12 @@ from pydantic import model_validator
 from rapidfuzz.distance import Levenshtein
 from transformers import PreTrainedTokenizerBase
 
-from oprd.data.chat import decode, encode, render
+from oprd.data.chat import decode, encode, encode_written, render
+from oprd.data.control import control_tokens
 from oprd.errors import ServerError
 from oprd.models.loading import PROBE_TEXTS, ModelFacts, tokenizer_difference
 from oprd.models.pretrained import load_tokenizer
+from oprd.progress import console
 from oprd.teacher.base import (
     Chains,
     Generation,
@@ -113,6 +115,7 @@ class ServerTeacher(Teacher):
         # None only where nothing asks for it
         self._tokenizer = cast(PreTrainedTokenizerBase, facts.model and facts.model.tokenizer)
         self._vocabulary = context.student.vocabulary
+        self._control = control_tokens((facts.model or context.student).tokenizer)
         self._plausible, self._impossible = False, 0
         self._restarted, self._continued = 0, 0
 
@@ -127,6 +130,13 @@ class ServerTeacher(Teacher):
             )
             response = self._transport.probe(self._logprobs_request(ids[:1], ids[1:]), advice=advice)
             self._read_logprobs(response, ids[:1], ids[1:])
+        typed = (p for p in prompts if self._control.typed(*(turn.content for turn in p.teacher_messages)))
+        if needs.text and self._config.continuation != "completions" and (prompt := next(typed, None)):
+            console.print(
+                f"Row {prompt.row} has the letters of a control token. The server renders conversations itself and may read "
+                "them as the token, which can end a turn; drop such rows, or use continuation 'completions'.",
+                style="yellow",
+            )
         if needs.text:
             messages = prompts[0].teacher_messages
             question = GenerationRequest(messages=messages, max_new_tokens=PROBE_TOKENS, temperature=0.0)
@@ -200,13 +210,9 @@ class ServerTeacher(Teacher):
         sampling |= {"max_tokens": request.max_new_tokens, "temperature": request.temperature, "top_p": 1.0}
         most = request.samples * request.max_new_tokens
         if self._config.continuation == "completions":
-            ids = render(self._tokenizer, request.messages, self._config.chat_template_kwargs)
-            added = encode(self._tokenizer, "", special=True)[:1]
-            ids = ids[1:] if added and ids[:1] == added else ids  # servers add the beginning-of-text token
-            prompt = decode(self._tokenizer, ids, special=True) + request.prefix
-            bound = Tokens(len(encode(self._tokenizer, prompt, special=True)), most)
+            prompt, tokens = self._raw_prompt(request)
             body: dict[str, Any] = {"prompt": prompt} | sampling
-            return Request(endpoint="completions", body=body, samples=request.samples, upper_bound=bound)
+            return Request(endpoint="completions", body=body, samples=request.samples, upper_bound=Tokens(tokens, most))
         begun = [Message(role="assistant", content=request.prefix)] if request.prefix else []
         turns = [*request.messages, *begun]
         body = {"messages": [{"role": turn.role, "content": turn.content} for turn in turns]} | sampling
@@ -217,6 +223,17 @@ class ServerTeacher(Teacher):
         # no tokenizer makes more tokens than the text has bytes; templates add some to each turn
         bound = Tokens(sum(len(turn.content.encode()) + 32 for turn in turns) + 32, most)
         return Request(endpoint="chat/completions", body=body, samples=request.samples, upper_bound=bound)
+
+    def _raw_prompt(self, request: GenerationRequest) -> tuple[str | list[int], int]:
+        """The rendered conversation with the prefix behind it, and its number of tokens. As text, but as ids where it has the
+        letters of a control token, which a server would read as the token."""
+        ids = render(self._tokenizer, request.messages, self._config.chat_template_kwargs)
+        begun, begin = encode_written(self._tokenizer, request.prefix), encode(self._tokenizer, "", special=True)[:1]
+        if self._control.typed(*(turn.content for turn in request.messages), request.prefix):
+            return [*ids, *begun], len(ids) + len(begun)
+        # servers add the beginning-of-text token to a text
+        plain = ids[1:] if begin and ids[:1] == begin else ids
+        return decode(self._tokenizer, plain, special=True) + request.prefix, len(ids) + len(begun)
 
     def _probe_text(self, request: GenerationRequest) -> str:
         return self._transport.probe(self._text_request(request), advice="Look at the server's log").texts[0]
