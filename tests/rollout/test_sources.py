@@ -6,14 +6,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 
 from conftest import MODELS, load_miniature, miniature_recipe
-from oprd.data.chat import decode
+from oprd.data.chat import decode, render, texts_to_judge
 from oprd.demo.task import completion, sums
 from oprd.distributed import Ranks
 from oprd.errors import DataError
 from oprd.models.generate import Sampling
+from oprd.models.language_model import FrozenModel
 from oprd.models.loading import ModelFacts
 from oprd.objectives import NLL, OPD
 from oprd.recipe import parse_recipe
@@ -29,7 +31,7 @@ from oprd.rollout.sources import (
 )
 from oprd.teacher import LocalTeacherConfig
 from oprd.teacher.base import Generation, GenerationRequest, Generations, Teacher, TeacherFacts
-from oprd.teacher.local import LOCAL
+from oprd.teacher.local import LOCAL, LocalTeacher
 from oprd.train.run import run_recipe
 from oprd.types import Message, Prompt, Rollouts, Targets
 from oprd.verify.pool import VerifierPool
@@ -179,6 +181,55 @@ def test_a_rewrite_is_learned_on_only_if_it_is_whole_no_longer_and_ends_in_the_s
 def test_the_reason_for_keeping_the_students_text_is_counted(given, reason, tokenizer, verifier):
     _, metrics = rewritten(rollouts(tokenizer, [LONG]), Scripted([given]), tokenizer, verifier)
     assert [name for name in REASONS if metrics[f"rewrite/{name}/sum"]] == [reason]
+
+
+def reasoning_teacher(prompt: str, text: str) -> LocalTeacher:
+    """A teacher whose marks of reasoning are special tokens, trained for a moment to answer `prompt` with `text`."""
+    lm = load_miniature("teacher")
+    lm.tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    lm.core.resize_token_embeddings(len(lm.tokenizer))
+    asked = render(lm.tokenizer, (Message(role="user", content=prompt),))
+    ids = torch.tensor([[*asked, *lm.tokenizer(text)["input_ids"], lm.tokenizer.eos_token_id]])
+    labels = ids.masked_fill(torch.arange(ids.shape[1]) < len(asked), -100)
+    optimizer = torch.optim.AdamW(lm.model.parameters(), lr=2e-3)
+    for _ in range(40):
+        lm.model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return LocalTeacher(FrozenModel(lm), context=256)
+
+
+def test_a_rewrite_is_judged_and_learned_without_what_the_teacher_reasoned(verifier):
+    teacher = reasoning_teacher(LONG, "<think>12+34=46 \\boxed{7}</think>\n46-5=41\n\\boxed{41}")
+    tokenizer = teacher.model.lm.tokenizer
+    whole, unclosed = teacher.generate(
+        [
+            [GenerationRequest(messages=(Message(role="user", content=LONG),), max_new_tokens=n, temperature=0.0)]
+            for n in (80, 9)
+        ]
+    )
+    assert whole[0].texts == ("<think>12+34=46 \\boxed{7}</think>\n46-5=41\n\\boxed{41}",)
+    assert unclosed[0].texts == ("<think>12+34=46",)
+    before = rollouts(tokenizer, [LONG])
+    options = {"prompt": "{completion}", "sampling_temperature": 0.0}
+    after, metrics = rewritten(before, teacher, tokenizer, verifier, **options)
+    assert metrics["rewrite/kept/share"] == 1
+    assert texts(tokenizer, after) == ["46-5=41\n\\boxed{41}<|end|>"]
+    # the teacher's own answer keeps its reasoning, in tokens
+    asked = replace(before.prompts[0], teacher_messages=(Message(role="user", content=LONG),))
+    source = bound(TeacherSource(sampling_temperature=0.0), tokenizer, teacher=teacher)
+    (ids,) = source.rollouts((asked,), ONE, 1)[1].completion_ids
+    assert decode(tokenizer, ids, special=True) == f"{whole[0].texts[0]}<|end|>"
+    assert sum(i in tokenizer.convert_tokens_to_ids(["<think>", "</think>"]) for i in ids) == 2
+    # a prompt that opens the student's reasoning: the rewrite begins behind it
+    opened = replace(
+        before.prompts[0], token_ids=tuple(tokenizer("<|user|>a<|end|><|assistant|><think>\n")["input_ids"])
+    )
+    begun = rollouts(tokenizer, [LONG.replace("\\boxed", "</think>\\boxed")])
+    begun = replace(begun, prompts=(opened,))
+    after, _ = rewritten(begun, Scripted([answer("\\boxed{41}")]), tokenizer, verifier)
+    assert texts(tokenizer, after) == ["</think>\n\n\\boxed{41}<|end|>"]
+    assert texts_to_judge(tokenizer, after) == ["<think>\n</think>\n\n\\boxed{41}"]
 
 
 def test_with_only_correct_a_rewrite_of_a_wrong_completion_is_not_asked_for(tokenizer, verifier):

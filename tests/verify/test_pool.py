@@ -12,7 +12,7 @@ import pytest
 from conftest import DATA
 from oprd.verify.judge import last_boxed
 from oprd.verify.pool import VerifierPool
-from oprd.verify.reasoning import final_part
+from oprd.verify.reasoning import closing, final_part, left_open
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +132,21 @@ def test_boxes_are_found_by_their_braces():
     assert last_boxed(r"\boxed{1} hence \boxed{2}") == "2"
     assert last_boxed("none") is None
     assert final_part("<think>a</think>b") == "b"
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        "<think>\n",
+        "<seed:think>",
+        "[THINK]",
+        "◁think▷",
+        "<|START_THINKING|>",
+        "<|channel>",
+        "<|channel|>analysis<|message|>",
+    ],
+)
+def test_reasoning_that_a_prompt_opens_can_be_closed(mark):
+    assert left_open(f"<|assistant|>{mark}") == mark
+    assert final_part(f"{mark}a") == ""
+    assert final_part(f"{mark}a{closing(mark)}b") == "b"

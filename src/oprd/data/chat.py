@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from oprd.data.control import control_tokens, special_tokens
 from oprd.errors import DataError
 from oprd.types import Message, Rollouts
-from oprd.verify.reasoning import is_mark, left_open
+from oprd.verify.reasoning import left_open
 
 MARK_TOKENS = 16
 """At the end of a prompt; enough for a mark that opens the reasoning there, whatever the tokenizer makes of it."""
@@ -125,17 +125,23 @@ def render_all(
     return [ids[:-1] if ids[-1:] == (tokenizer.eos_token_id,) and len(ids) > 1 else ids for ids in rows]
 
 
+def decode_written(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """What a model wrote, with the marks around its reasoning, which may be special tokens too."""
+    no_marks = control_tokens(tokenizer).no_marks
+    return decode(tokenizer, [i for i in ids if i not in no_marks], special=True)
+
+
+def opened_reasoning(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> str:
+    """The mark that a prompt opens the reasoning with; empty where it opens none."""
+    return left_open(decode(tokenizer, prompt_ids[-MARK_TOKENS:], special=True))
+
+
 def texts_to_judge(tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts) -> list[str]:
-    """The completions as an answer checker reads them: with the marks around their reasoning, where these are special tokens
-    too, and behind a mark that the prompt opens it with."""
-    special = special_tokens(tokenizer)
-    dropped = {i for i, text in special.items() if not is_mark(text)}
-    begun = {
-        prompt: left_open(decode(tokenizer, prompt[-MARK_TOKENS:], special=True))
-        for prompt in {prompt.token_ids for prompt in rollouts.prompts}
-    }
+    """The completions as an answer checker reads them: with the marks of their reasoning, also one that the prompt ends with."""
+    prompts = {prompt.token_ids for prompt in rollouts.prompts}
+    begun = {ids: opened_reasoning(tokenizer, ids) for ids in prompts}
     return [
-        begun[prompt.token_ids] + decode(tokenizer, [i for i in ids if i not in dropped], special=True)
+        begun[prompt.token_ids] + decode_written(tokenizer, ids)
         for prompt, ids in zip(rollouts.prompts, rollouts.completion_ids, strict=True)
     ]
 

@@ -34,8 +34,10 @@ class ControlTokens:
     """Puts placeholders for the control tokens of a text, and tokenizes what a template makes of that."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer, added = tokenizer, tokenizer.added_tokens_decoder
-        self._special = {i: added[i] for i in special_tokens(tokenizer) if i in added}
+        self._tokenizer, added, special = tokenizer, tokenizer.added_tokens_decoder, special_tokens(tokenizer)
+        self.no_marks = frozenset(i for i, text in special.items() if not is_mark(text))
+        """Those that do not stand around reasoning."""
+        self._special = {i: added[i] for i in special if i in added}
         self._ids = {token.content: i for i, token in self._special.items()}
         self._names = re.compile("|".join(map(re.escape, sorted(self._ids, key=len, reverse=True))) or "(?!)")
         self._letter = f"\U0010fffd{secrets.token_hex(8)}-"  # which no text has

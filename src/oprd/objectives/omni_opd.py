@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from oprd.data.batching import rows_by_tokens, student_batch
-from oprd.data.chat import decode
+from oprd.data.chat import decode_written
 from oprd.distributed import Ranks
 from oprd.errors import ConfigError
 from oprd.losses.chunked import statistics
@@ -129,7 +129,7 @@ class OmniOPD(OutputObjective):
             for start, generation in zip(starts[row], generations[row], strict=True):
                 if generation is not None:
                     span = slice(start, start + self.chunk_tokens)
-                    similarities = tuple(edit_similarity(decode(tokenizer, ids[span]), generation.texts))
+                    similarities = tuple(edit_similarity(decode_written(tokenizer, ids[span]), generation.texts))
                     mean = float(logprobs[span].mean())
                     chunks.append(Chunk(row=row, start=start, similarities=similarities, mean_logprob=mean))
         targets = [chunk.target(self.prior) for chunk in chunks]
@@ -183,7 +183,7 @@ class OmniOPD(OutputObjective):
         return [
             [
                 GenerationRequest(
-                    messages=prompt.teacher_messages, prefix=decode(tokenizer, ids[:start]), samples=self.continuations,
+                    messages=prompt.teacher_messages, prefix=decode_written(tokenizer, ids[:start]), samples=self.continuations,
                     max_new_tokens=self.chunk_tokens, temperature=self.teacher_temperature, teacher=prompt.teacher,
                 )
                 for start in row

@@ -15,7 +15,7 @@ import torch
 from pydantic import PrivateAttr, field_validator
 from transformers import PreTrainedTokenizerBase
 
-from oprd.data.chat import decode, encode, encode_written, fill, texts_to_judge
+from oprd.data.chat import decode_written, encode, encode_written, fill, opened_reasoning, texts_to_judge
 from oprd.distributed import Ranks
 from oprd.errors import ConfigError, DataError
 from oprd.models.generate import Sampling
@@ -25,6 +25,7 @@ from oprd.seeds import derive_seed
 from oprd.teacher.base import Generation, GenerationRequest, Teacher
 from oprd.types import Capability, Message, Metric, Prompt, Rollouts
 from oprd.verify.pool import Verdict, VerifierPool
+from oprd.verify.reasoning import closing, final_part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,7 +217,8 @@ rewrites are no shorter, and a stricter filter lets only those through that left
 class RewriteSource(_TeacherWrites):
     """MPD: the teacher rewrites each of the student's completions more briefly.
 
-    A rewrite replaces the completion if it is finished, not longer and ends in the same final answer.
+    A rewrite replaces the completion if it is finished, not longer and ends in the same final answer. What the teacher
+    reasons before it is no part of it; reasoning that the student's prompt opens is closed in front of it.
     """
 
     type: Literal["rewrite"] = "rewrite"
@@ -258,19 +260,21 @@ class RewriteSource(_TeacherWrites):
     def rollouts(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> tuple[Rollouts, Rollouts]:
         written = self._student_writes(prompts, sampling, step)
         tokenizer, verify = self._context.tokenizer, self._context.verifier.verify
-        texts = [decode(tokenizer, ids) for ids in written.completion_ids]
+        texts = [decode_written(tokenizer, ids) for ids in written.completion_ids]
         own = verify(texts_to_judge(tokenizer, written), [prompt.answer or "" for prompt in written.prompts])
         reasons = [self._not_asked(*row) for row in zip(texts, written.finished, own, strict=True)]
         asked = [i for i, reason in enumerate(reasons) if reason is None]
         conversations = [(written.prompts[i], self._messages(written.prompts[i], texts[i])) for i in asked]
         answers = self._ask(conversations, self._context.max_new_tokens)
-        same = verify([_text(answer) for answer in answers], [own[i].extracted or "" for i in asked])
+        rewrites = [final_part(_text(answer)).strip() for answer in answers]
+        same = verify(rewrites, [own[i].extracted or "" for i in asked])
         ids, finished = list(written.completion_ids), list(written.finished)
-        for i, answer, verdict in zip(asked, answers, same, strict=True):
-            rewrite = self._ended(encode_written(tokenizer, _text(answer)))
-            reasons[i] = _reason(answer, longer=len(rewrite) > len(ids[i]), same=verdict.correct)
+        for i, answer, rewrite, verdict in zip(asked, answers, rewrites, same, strict=True):
+            opened = opened_reasoning(tokenizer, written.prompts[i].token_ids)
+            new = self._ended(encode_written(tokenizer, f"{closing(opened)}\n\n{rewrite}" if opened else rewrite))
+            reasons[i] = _reason(answer, rewrite, longer=len(new) > len(ids[i]), same=verdict.correct)
             if reasons[i] is None:
-                ids[i], finished[i] = rewrite, True
+                ids[i], finished[i] = new, True
         kept = tuple(reason is None for reason in reasons)
         learned = replace(
             written, completion_ids=tuple(ids), finished=tuple(finished), rewritten=kept, sampling_logprobs=None
@@ -299,11 +303,11 @@ def _text(answer: Generation | None) -> str:
     return answer.texts[0].strip() if answer is not None else ""
 
 
-def _reason(answer: Generation | None, *, longer: bool, same: bool) -> str | None:
+def _reason(answer: Generation | None, rewrite: str, *, longer: bool, same: bool) -> str | None:
     """The first of REASONS that holds; None for a rewrite that is learned on."""
     if answer is None:
         return "no_reply"
-    if not _text(answer):
+    if not rewrite:
         return "empty"
     if not answer.finished[0]:
         return "unfinished"

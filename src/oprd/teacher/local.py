@@ -10,7 +10,7 @@ import torch
 
 from oprd.data.alignment import Aligner
 from oprd.data.batching import student_batch, teacher_batch
-from oprd.data.chat import decode, encode_written, end_of_turn, render
+from oprd.data.chat import decode_written, encode_written, end_of_turn, render
 from oprd.errors import ConfigError
 from oprd.losses.chunked import logprobs_of
 from oprd.models.generate import Sampling, generate
@@ -178,7 +178,7 @@ class LocalTeacher(Teacher):
     def _generation(self, completions: Sequence[tuple[int, ...]]) -> Generation:
         lm = self.model.lm
         return Generation(
-            texts=tuple(decode(lm.tokenizer, ids) for ids in completions),
+            texts=tuple(decode_written(lm.tokenizer, ids) for ids in completions),
             finished=tuple(bool(ids) and ids[-1] in lm.stop_ids for ids in completions),
             tokens=sum(map(len, completions)),
         )

@@ -23,3 +23,13 @@ def left_open(prompt: str) -> str:
     """The mark that a prompt ends with if the completion starts inside the reasoning; else empty."""
     found = _OPEN_AT_END.search(prompt)
     return found[0] if found else ""
+
+
+def closing(mark: str) -> str:
+    """The mark that ends the reasoning which `mark` opens."""
+    if mark.startswith("<|channel|>"):
+        return "<|channel|>final<|message|>"
+    for opened, closed in (("<|START_", "<|END_"), ("<|channel>", "<channel|>"), ("◁", "◁/"), ("[", "[/"), ("<", "</")):
+        if mark.startswith(opened):
+            return mark.strip().replace(opened, closed, 1)
+    return ""
