@@ -1,6 +1,6 @@
 """Kill runs at random moments with SIGKILL, resume them, and compare what they leave with runs that nobody killed.
 
-    python scripts/kill.py [KILLS] [SEED]
+    python scripts/kill.py [KILLS] [SEED] [KIND...]
 
 Prints a line for each kind of run; exits with 1 if any differs. Metrics, evaluations, searches, samples and the saved student
 must be equal bit for bit, but for what was asked of a server; of that nothing may be missing in its usage log. Children are
@@ -98,12 +98,13 @@ def booked(folder: Path) -> int:
 
 
 def main() -> int:
-    """Kill at least so many times over all kinds."""
-    wanted, seed = (int(given) for given in [*sys.argv[1:3], *("30", "0")[len(sys.argv) - 1 :]])
+    """Kill at least so many times over all kinds, or those that are named."""
+    wanted, seed = (int(given) for given in [*sys.argv[1:3], *("30", "0")[len(sys.argv[1:3]) :]])
     torch.set_num_threads(1)
     rng, failed = random.Random(seed), 0
     with tempfile.TemporaryDirectory() as place, FaultyServer() as server:
         kinds = recipes(Path(place), server.url)
+        kinds = {name: kinds[name] for name in sys.argv[3:] or kinds}
         for name, tree in kinds.items():
             home = Path(place) / name
             home.mkdir()

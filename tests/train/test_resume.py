@@ -1,6 +1,7 @@
 """Nothing is lost: a run that was stopped, killed or interrupted goes on as if it had not been."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from conftest import miniature_recipe
+from conftest import ROOT, miniature_recipe
 from oprd.algorithm import Distillation
 from oprd.errors import Interrupted, RunFolderError
 from oprd.files import append_jsonl, read_jsonl
@@ -280,3 +281,12 @@ def test_more_steps_are_refused_where_they_would_change_the_learning_rate(tree):
         RunFolderError, match="max_steps: 6 then, 8 now; the learning rate of every step depends on max_steps"
     ):
         run_recipe(parse_recipe(changed))
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_nobody_had():
+    """A share of `scripts/kill.py`, whose kinds of runs are more."""
+    command = [sys.executable, str(ROOT / "scripts" / "kill.py"), "3", "0", "EffOPD"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    found = re.fullmatch(r"EffOPD: (\d+) kills in \d+ runs, 0 differ", done.stdout.strip())
+    assert found, done.stdout + done.stderr
+    assert (done.returncode, int(found[1]) >= 3) == (0, True)
