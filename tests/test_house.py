@@ -29,8 +29,8 @@ FLOORS = (
     {"rollout", "objectives"},
     {"recipe", "student", "evaluate"},
     {"algorithm"},
-    {"train"},
-    {"plan", "demo"},
+    {"train", "plan"},
+    {"demo"},
     {"cli", "__main__"},
 )
 """A module imports from its own floor and from those below it, in no circle. `oprd/__init__.py` names what is public."""

@@ -5,16 +5,13 @@ import re
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.text import Text
 
 from oprd.errors import DiskError, Interrupted, OprdError, TrainingStopped
 from oprd.progress import console
-
-if TYPE_CHECKING:
-    from oprd.recipe import Recipe
 
 # commands import what they need when they run: torch takes seconds, and `oprd --help` does without it
 HELP = "On-policy distillation: the student writes, the teacher answers, the student learns."
@@ -58,23 +55,15 @@ def plan(
     sharded: Sharded = False,
 ) -> None:  # fmt: skip
     """Say whether a run fits a device, what would help, and the least time a step takes. Loads no weights, needs no GPU."""
-    from oprd.plan.plan import Place, find_device, largest_budget, plan_recipe, table, what_helps
+    from oprd.plan.plan import Place, explain, find_device, largest_budget, plan_recipe
     from oprd.recipe import load_recipe
 
-    place = Place(device=find_device(device), processes=processes, sharded=sharded)
-    found = plan_recipe(load_recipe(recipe, overrides or []), place)
-    console.print(table(found))
-    memory = f"{found.peak_gb:.1f} of {place.device.memory_gb:g} GB on {place.device.name}"
-    console.print(f"{memory}: {'fits' if found.fits else 'does not fit'}", highlight=False)
-
-    def load(more: list[str]) -> "Recipe":
-        return load_recipe(recipe, [*(overrides or []), *more])
-
-    for line in () if found.fits else what_helps(load, found):
-        console.print(line, highlight=False, markup=False)
-    console.print(f"largest micro_batch_tokens that fits: {largest_budget(load, found)}", highlight=False)
+    wanted = load_recipe(recipe, overrides or [])
+    found = plan_recipe(wanted, Place(device=find_device(device), processes=processes, sharded=sharded))
+    console.print(explain(wanted, found))
+    console.print(f"largest micro_batch_tokens that fits: {largest_budget(wanted, found)}")
     least = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in found.seconds.items())
-    console.print(f"a step takes at least: {least}", highlight=False)
+    console.print(f"a step takes at least: {least}")
 
 
 @app.command("fit-bridge")

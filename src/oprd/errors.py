@@ -30,6 +30,10 @@ class ServerError(OprdError):
     before is in the cache."""
 
 
+class DoesNotFit(OprdError):
+    """The run needs more memory than its device has."""
+
+
 class RunFolderError(OprdError):
     """The output folder, or a checkpoint in it, cannot be used."""
 

@@ -183,16 +183,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(tree, dict):
         raise ConfigError(f"recipe {path} must be a mapping of keys to values, got {type(tree).__name__}")
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
         lines.pop(override.partition("=")[0], None)
     return parse_recipe(tree, {where: f"{path}:{line}: " for where, line in lines.items()})
 
 
 def parse_recipe(tree: Mapping[Any, Any], lines: Mapping[str, str] | None = None) -> Recipe:
-    """A recipe from nested mappings, as YAML gives them. Raises ConfigError naming key, value and what is allowed.
-
-    `lines`: what to put before the error of a key, such as `recipe.yaml:7: `.
-    """
+    """A recipe from nested mappings, as YAML gives them. Raises ConfigError naming key, value and what is allowed. `lines`: what
+    to put before the error of a key, such as `recipe.yaml:7: `."""
     return _validate(Recipe, tree, lines or {})
 
 
@@ -200,7 +198,7 @@ def parse_evaluation(benchmarks: Sequence[str], overrides: Sequence[str]) -> Eva
     """A recipe's `evaluation` by itself, from `key=value` overrides. Raises ConfigError as for a recipe."""
     tree: dict[str, Any] = {"benchmarks": list(benchmarks)}
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     return _validate(EvaluationConfig, tree, {})
 
 
@@ -227,7 +225,8 @@ def recipe_to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(tree, sort_keys=False) if re.search("[\x85\u2028\u2029]", text) else text
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Change a value of nested mappings by `key.path=value`. Raises ConfigError."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r} must look like key=value or section.key=value")

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tests.conftest import MODELS, miniature_recipe
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -15,13 +16,16 @@ from oprd.cli import app
 from oprd.clock import Clock
 from oprd.data.batching import rows_by_tokens
 from oprd.distributed import Ranks
-from oprd.errors import ConfigError
-from oprd.plan.plan import RESERVED_GB, Place, find_device, largest_budget, plan_recipe
-from oprd.plan.simulate import OPTIMIZER, WEIGHTS, fill_optimizer, load, longest_step
-from oprd.recipe import parse_recipe, recipe_to_yaml
+from oprd.errors import ConfigError, DoesNotFit
+from oprd.plan import start
+from oprd.plan.plan import Place, find_device, largest_budget, plan_checked, plan_recipe
+from oprd.plan.simulate import OPTIMIZER, WEIGHTS, alone, fill_optimizer, load, longest_step
+from oprd.plan.start import UNCHECKED, at_most
+from oprd.recipe import parse_recipe, recipe_to_dict, recipe_to_yaml
 from oprd.student import InitialStudent
 from oprd.train.accelerator import open_accelerator
 from oprd.train.pair import Given
+from oprd.train.run import run_recipe
 from oprd.train.setup import check
 
 pytestmark = pytest.mark.slow
@@ -109,10 +113,14 @@ def measured_peak(recipe):
 @pytest.mark.parametrize("name", CASES)
 def test_the_update_takes_the_memory_that_is_planned(name, recipe_of):
     recipe = recipe_of(**CASES[name])
-    planned = plan_recipe(recipe, Place(device=find_device("h100"))).parts["update"].total()
+    with alone(bf16=False) as accelerator:
+        checked = check(recipe, Given(), Ranks(accelerator), InitialStudent())
+    plan = plan_checked(recipe, checked, Place(device=find_device("h100")))
+    planned = plan.parts["update"].total()
     measured = measured_peak(recipe)
     print(f"{name}: planned {planned / 1e6:.2f} MB, {planned / measured:.4f} of what was measured")
     assert planned == pytest.approx(measured, rel=0.05)
+    assert plan.peak_gb * 1e9 < at_most(recipe, checked) < 30 * plan.peak_gb * 1e9
 
 
 def test_sharding_divides_what_the_student_holds(recipe_of):
@@ -124,17 +132,14 @@ def test_sharding_divides_what_the_student_holds(recipe_of):
 
 
 def test_the_largest_budget_fits_and_one_completion_more_does_not(recipe_of):
-    def load_with(overrides):
-        return recipe_of(**{key: int(value) for key, value in (o.split("=") for o in overrides)})
-
-    small = dataclasses.replace(find_device("24"), memory_gb=RESERVED_GB + 0.18)
+    small = dataclasses.replace(find_device("24"), memory_gb=0.18, reserved_gb=0)
     plan = plan_recipe(recipe_of(), Place(device=small))
-    budget, longest = largest_budget(load_with, plan), plan.simulated.longest
+    budget, longest = largest_budget(recipe_of(), plan), plan.simulated.longest
     assert 1 < budget // longest < 8
 
     def held(rows):
         recipe = recipe_of(micro_batch_tokens=rows * longest)
-        return plan_recipe(recipe, Place(device=small)).parts["update"].total() / 1e9 + RESERVED_GB
+        return plan_recipe(recipe, Place(device=small)).parts["update"].total() / 1e9
 
     assert held(budget // longest) <= small.memory_gb < held(budget // longest + 1)
 
@@ -149,6 +154,34 @@ def test_the_command_says_what_would_help(recipe_of, tmp_path, model):
     assert "does not fit" in done.output
     assert "micro_batch_tokens=" in done.output
     assert "largest micro_batch_tokens that fits" in done.output
+
+
+@pytest.mark.slow
+def test_training_refuses_what_cannot_fit_before_it_loads_weights(recipe_of, model, tmp_path):
+    """A teacher of 3 TB, whose file lacks all weights."""
+    large = tmp_path / "large"
+    LlamaConfig(**SHAPE | {"hidden_size": 2**16, "intermediate_size": 3 * 2**16}).save_pretrained(large)
+    AutoTokenizer.from_pretrained(model).save_pretrained(large)
+    save_file({"none": torch.zeros(1)}, large / "model.safetensors", metadata={"format": "pt"})
+    tree = recipe_to_dict(recipe_of(objective={"type": "opd"}))
+    tree["teacher"]["model"] = str(large)
+    with pytest.raises(DoesNotFit) as refused:
+        run_recipe(parse_recipe(tree))
+    for told in (
+        "frozen models",
+        "cpu (what is free now): does not fit",
+        "teacher.dtype=bfloat16",
+        f"set {UNCHECKED}=1",
+    ):
+        assert told in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_starts_all_the_same_where_the_user_says_so(recipe_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(start, "_free_bytes", lambda _: 1e7)
+    recipe = recipe_of(max_steps=1, health_tokens=0, rollout={"group_size": 1, "max_completion_length": 2})
+    monkeypatch.setenv(UNCHECKED, "1")
+    assert run_recipe(recipe).result.steps == 1
 
 
 def test_an_unknown_device_is_named_with_those_that_are_known():

@@ -20,13 +20,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from oprd.cli import main
+from oprd.plan import start
 from oprd.progress import console
 from oprd.rollout.hf import HFEngine
 from oprd.teacher.transport import Transport
 
 torch.set_num_threads(1)
 rank, found, calls = int(os.environ["RANK"]), [], []
-generate, send = HFEngine.generate, Transport.send
+generate, send, free = HFEngine.generate, Transport.send, start._free_bytes
 
 def failing_generate(self, *given, **named):
     calls.append(None)
@@ -41,9 +42,11 @@ def failing_send(self, chains):
     return send(self, chains)
 
 for job in json.loads(Path(sys.argv[1]).read_text()):
-    HFEngine.generate, Transport.send = generate, send
+    HFEngine.generate, Transport.send, start._free_bytes = generate, send, free
     if job["kind"] == "engine":
         HFEngine.generate = failing_generate
+    elif job["kind"] == "memory":
+        start._free_bytes = lambda device: 3.5e7 if rank else 1e12
     else:
         Transport.send = failing_send
     calls.clear()
@@ -71,9 +74,10 @@ def both(tmp_path_factory, train_file):
             "log-probabilities": teacher | {"objective": SAMPLED},
             "continuations": teacher | {"objective": OMNI},
             "engine": {"objective": SAMPLED},
+            "memory": {"prompts_per_step": 8},
         }
         for kind, options in kinds.items():
-            options |= {"health_tokens": 0, "save_steps": 100, "max_steps": 2, "prompts_per_step": 2}
+            options = {"health_tokens": 0, "save_steps": 100, "max_steps": 2, "prompts_per_step": 2} | options
             trees[kind] = miniature_recipe(folder / kind, train_file, **options)
             (folder / f"{kind}.yaml").write_text(yaml.safe_dump(trees[kind]))
         jobs = [{"recipe": str(folder / f"{kind}.yaml"), "kind": kind} for kind in kinds]
@@ -98,6 +102,14 @@ def test_what_fails_on_one_rank_stops_both_with_its_message_and_the_step_saved(k
     assert [row["step"] for row in read_lines(folder / "metrics.jsonl")] == [1]
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000001"]
     assert (folder / "checkpoints" / "step-000001" / "SHA256SUMS").is_file()
+
+
+def test_a_rank_with_too_little_memory_stops_both_before_anything_is_loaded(both):
+    tree, ended = both["memory"]
+    for code, said in ended:
+        assert code == 2
+        assert "DoesNotFit: the run needs more memory than there is" in said
+    assert not Path(tree["output_dir"]).exists()
 
 
 def test_ranks_wait_for_each_other_longer_than_for_a_server(both):

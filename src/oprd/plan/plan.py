@@ -2,24 +2,23 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
+from rich.console import Console
 from rich.table import Table
 
 from oprd.distributed import Ranks
 from oprd.errors import ConfigError, OprdError
-from oprd.plan.simulate import GRADIENTS, OPTIMIZER, WEIGHTS, Simulated, simulate
-from oprd.recipe import Recipe
+from oprd.plan.simulate import GRADIENTS, OPTIMIZER, WEIGHTS, Simulated, alone, simulate
+from oprd.recipe import Recipe, apply_override, parse_recipe, recipe_to_dict
 from oprd.student import InitialStudent
-from oprd.train.accelerator import open_accelerator
 from oprd.train.pair import Given
-from oprd.train.setup import check
+from oprd.train.setup import Checked, check
 
-RESERVED_GB = 1.5
-"""Of a device, for its context, the libraries' workspaces and gaps between tensors."""
 ENGINE, GATHERED = "rollout engine", "gathered weights"
 GB = 1e9
 CHANGES = (
@@ -31,8 +30,6 @@ CHANGES = (
     ("student.lora={r: 16}", "adapters alone are trained"),
 )
 """What may make a run smaller, the cheapest first."""
-Load = Callable[[list[str]], Recipe]
-"""The recipe with these overrides."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +43,8 @@ class Device:
     float32: float = math.nan
     bandwidth: float = math.nan
     """GB/s."""
+    reserved_gb: float = 1.5
+    """For its context, the libraries' workspaces and gaps between tensors."""
 
 
 def find_device(name: str) -> Device:
@@ -85,18 +84,25 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.peak_gb + RESERVED_GB <= self.place.device.memory_gb
+        return self.peak_gb + self.place.device.reserved_gb <= self.place.device.memory_gb
 
 
-def plan_recipe(recipe: Recipe, place: Place) -> Plan:
+def plan_recipe(recipe: Recipe, place: Place, given: Given | None = None) -> Plan:
     """Reads configs, tokenizers and prompts, no weights. Raises an OprdError for what training refuses before it loads."""
-    eighth = recipe.optim == "adamw_8bit"
-    recipe = _countable(recipe)
-    accelerator = open_accelerator(recipe)
-    checked = check(recipe, Given(), Ranks(accelerator), InitialStudent())
-    simulated = simulate(recipe, checked, accelerator, place.processes)
+    # every device of the table computes in bfloat16
+    recipe = recipe.model_copy(update={"bf16": recipe.bf16 is not False})
+    with alone(bf16=recipe.bf16 is True) as accelerator:
+        ranks = Ranks(accelerator)
+        ranks.device, ranks.sharded = torch.device("cuda"), place.sharded
+        checked = check(recipe, given or Given(), ranks, InitialStudent())
+    return plan_checked(recipe, checked, place)
+
+
+def plan_checked(recipe: Recipe, checked: Checked, place: Place) -> Plan:
+    """The plan of a recipe whose `bf16` is true or false."""
+    simulated = simulate(_countable(recipe), checked, place.processes)
     parts = {"rollout": Counter(simulated.rollout), "update": Counter(simulated.update)}
-    for held in parts.values() if eighth else ():
+    for held in parts.values() if recipe.optim == "adamw_8bit" else ():
         held[OPTIMIZER] //= 4
     for held in parts.values() if place.sharded else ():
         for name in (WEIGHTS, GRADIENTS, OPTIMIZER):
@@ -118,9 +124,9 @@ def _countable(recipe: Recipe) -> Recipe:
             "oprd plan does not count 4-bit weights or what is offloaded to CPU memory; plan student.weights=bfloat16, "
             "gradient_checkpointing=true and a teacher on the device, which need more"
         )
-    # every device of the table computes in bfloat16
-    plain = {"bf16": True if recipe.bf16 == "auto" else recipe.bf16, "optim": "adamw_torch"}
-    return recipe.model_copy(update=plain | {"student": student.model_copy(update={"torch_compile": False})})
+    return recipe.model_copy(
+        update={"optim": "adamw_torch", "student": student.model_copy(update={"torch_compile": False})}
+    )
 
 
 def _least_seconds(recipe: Recipe, simulated: Simulated, device: Device) -> dict[str, float]:
@@ -132,35 +138,47 @@ def _least_seconds(recipe: Recipe, simulated: Simulated, device: Device) -> dict
     return {"rollout": written * token} | {name: simulated.flops[name] / rate for name in ("teacher", "update")}
 
 
-def what_helps(load: Load, plan: Plan) -> Iterator[str]:
+def explain(recipe: Recipe, plan: Plan, given: Given | None = None) -> str:
+    """The parts of both peaks, whether they fit, and, if not, what would help."""
+    shown = Console(width=80)
+    with shown.capture() as text:
+        shown.print(_table(plan))
+    memory = f"{plan.peak_gb:.1f} of {plan.place.device.memory_gb:.4g} GB on {plan.place.device.name}"
+    lines = [f"{text.get()}{memory}: {'fits' if plan.fits else 'does not fit'}"]
+    return "\n".join(lines if plan.fits else [*lines, *_what_helps(recipe, plan, given)])
+
+
+def _what_helps(recipe: Recipe, plan: Plan, given: Given | None) -> Iterator[str]:
     """Changes, one on top of the other until the run fits, with the peak that each leaves."""
-    made: list[str] = []
     for template, what in CHANGES:
-        override = template.replace("{longest}", str(plan.simulated.longest))
+        override, tree = template.replace("{longest}", str(plan.simulated.longest)), recipe_to_dict(recipe)
         try:
-            changed = plan_recipe(load([*made, override]), plan.place)
+            apply_override(tree, override)
+            changed = parse_recipe(tree)
+            found = plan_recipe(changed, plan.place, given)
         except OprdError:  # this recipe cannot have it
             continue
-        if changed.peak_gb < 0.98 * plan.peak_gb:
-            made, plan = [*made, override], changed
+        if found.peak_gb < 0.98 * plan.peak_gb:
+            recipe, plan = changed, found
             yield f"{override} ({what}): {plan.peak_gb:.1f} GB"
         if plan.fits:
             return
     yield "weights sharded over several devices (--processes 8 --sharded), or a smaller model"
 
 
-def largest_budget(load: Load, plan: Plan) -> int:
+def largest_budget(recipe: Recipe, plan: Plan) -> int:
     """The largest micro_batch_tokens whose update fits, 0 if none does: each completion more takes as much again."""
-    longest, device = plan.simulated.longest, plan.place.device
-    one, two = (
-        plan_recipe(load([f"micro_batch_tokens={rows * longest}"]), plan.place).parts["update"].total() / GB
-        for rows in (1, 2)
-    )
-    room = device.memory_gb - RESERVED_GB - one
-    return longest * (1 + int(room / (two - one))) if room >= 0 and two > one else longest * (room >= 0)
+    longest, rows, device = plan.simulated.longest, plan.simulated.rows, plan.place.device
+    other = plan_recipe(recipe.model_copy(update={"micro_batch_tokens": longest * (1 if rows > 1 else 2)}), plan.place)
+    held = {one.simulated.rows: one.parts["update"].total() / GB for one in (plan, other)}
+    first, last = min(held), max(held)
+    room = device.memory_gb - device.reserved_gb - held[first]
+    if room < 0 or first == last:  # the step has one completion
+        return longest * (room >= 0)
+    return longest * (first + int(room * (last - first) / max(held[last] - held[first], 1e-9)))
 
 
-def table(plan: Plan) -> Table:
+def _table(plan: Plan) -> Table:
     """The parts of both peaks, in GB."""
     shown = Table("GB", *plan.parts)
     names = dict.fromkeys(name for parts in plan.parts.values() for name in parts)

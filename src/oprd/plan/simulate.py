@@ -10,6 +10,8 @@ from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import masking_utils
 
@@ -44,7 +46,8 @@ class Simulated:
     """Bytes by part where the student, or an evaluation of it, holds most while it writes."""
     flops: Counter[str]
     """`teacher` and `update` of the whole step; `token`: of one more token of every completion that is written at once."""
-    micro_batches: int
+    rows: int
+    """Completions of a micro-batch."""
     at_once: int
     """Completions that are written together in training."""
     completions: int
@@ -56,10 +59,10 @@ class Simulated:
     """Bytes of weights that a sharded student holds whole at once: its largest block, and what stands outside the blocks."""
 
 
-def simulate(recipe: Recipe, checked: Checked, accelerator: Accelerator, processes: int) -> Simulated:
+def simulate(recipe: Recipe, checked: Checked, processes: int) -> Simulated:
     """Load, write a token and update once, as one of so many processes."""
     meter = Meter()
-    with without_content(), meter:
+    with alone(bf16=recipe.bf16 is True) as accelerator, without_content(), meter:
         with meter.part(FROZEN):
             method = load(recipe, checked, accelerator)
         gc.collect()  # the checks at load leave circles
@@ -80,13 +83,29 @@ def simulate(recipe: Recipe, checked: Checked, accelerator: Accelerator, process
         update=meter.peak,
         rollout=rollout,
         flops=flops,
-        micro_batches=len(micros),
+        rows=max(map(len, micros)),
         at_once=at_once,
         completions=len(step),
         longest=max(step.positions),
         read=read,
         gathered=_gathered(student),
     )
+
+
+@contextmanager
+def alone(*, bf16: bool) -> Iterator[Accelerator]:
+    """One process on a CPU, whatever was launched; what accelerate knew of that comes back."""
+    states = (PartialState, AcceleratorState)
+    launched = [dict(state._shared_state) for state in states]
+    one = {"num_processes": 1, "process_index": 0, "local_process_index": 0, "distributed_type": DistributedType.NO}
+    AcceleratorState._shared_state.clear()
+    PartialState._shared_state |= one | {"_cpu": True, "backend": None, "device": torch.device("cpu"), "debug": False}
+    try:
+        yield Accelerator(cpu=True, mixed_precision="bf16" if bf16 else "no")
+    finally:
+        for state, before in zip(states, launched, strict=True):
+            state._shared_state.clear()
+            state._shared_state.update(before)
 
 
 @contextmanager
@@ -99,7 +118,8 @@ def _masks(*, packed: bool) -> Iterator[None]:
 def load(recipe: Recipe, checked: Checked, accelerator: Accelerator) -> Distillation:
     """The models of a step, as setup loads them; nobody writes."""
     initial = InitialStudent()
-    checked = replace(checked, context=replace(checked.context, initial_student=initial))
+    context = replace(checked.context, initial_student=initial, device=accelerator.device, given={})
+    checked = replace(checked, context=context)
     teacher = _teacher(recipe, checked)
     student = build_student(recipe, Given(), checked, accelerator, initial)
     return Distillation(

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from oprd.models.language_model import CausalLM
 from oprd.models.loading import StudentConfig
 from oprd.objectives.base import Objective
+from oprd.plan.start import refuse_what_cannot_fit
 from oprd.recipe import Recipe, parse_recipe
 from oprd.section import Section
 from oprd.teacher.base import TeacherConfig
@@ -32,7 +33,7 @@ class Distilled:
 
 def run_recipe(recipe: Recipe, given: Given | None = None) -> Distilled:
     """Check, load, train, save. Raises an OprdError for what a user can mend, Interrupted on Ctrl-C."""
-    parts = setup(recipe, given)
+    parts = setup(recipe, given, refuse_what_cannot_fit)
     result = train(parts)
     lm = parts.method.student.lm
     return Distilled(model=lm.model, tokenizer=lm.tokenizer, run_folder=parts.folder.path, result=result)

@@ -1,7 +1,7 @@
 """From a recipe to the parts of a run: everything cheap is checked first, then servers are asked, then models are loaded."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
@@ -50,6 +50,9 @@ class Checked:
     engine: EngineContext
 
 
+Check = Callable[[Recipe, Given, Checked, Ranks], None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     """A run that is ready to go."""
@@ -67,19 +70,19 @@ class Parts:
     verifier: VerifierPool
 
 
-def setup(recipe: Recipe, given: Given | None = None) -> Parts:
-    """Check, ask, load, wrap. Raises an OprdError for what a user can mend."""
+def setup(recipe: Recipe, given: Given | None = None, before_loading: Check | None = None) -> Parts:
+    """Check, ask, load, wrap. Raises an OprdError for what a user can mend, or what `before_loading` raises."""
     given = given or Given()
     accelerator = open_accelerator(recipe)
     recipe = recipe.model_copy(update={"bf16": accelerator.mixed_precision == "bf16"})
     ranks, initial = Ranks(accelerator), InitialStudent()
     checked = check(recipe, given, ranks, initial)
     folder = _open_folder(recipe, checked)
+    if before_loading is not None:
+        before_loading(recipe, given, checked, ranks)
     ranks.wait()
     if ranks.is_main:
-        tell_of_stops(checked.student, checked.context.pair_stops)
-        for note in checked.prompts.notes:
-            console.print(note)
+        _tell(checked)
     teacher = ranks.together(lambda: recipe.teacher.build(checked.teacher, checked.context))
     student = build_student(recipe, given, checked, accelerator, initial)
     for objective in checked.objectives:
@@ -165,6 +168,12 @@ def check(recipe: Recipe, given: Given, ranks: Ranks, initial: InitialStudent) -
         context=replace(context, prompts=used, pair_stops=pair_stops(student, teacher)),
         engine=engine,
     )
+
+
+def _tell(checked: Checked) -> None:
+    tell_of_stops(checked.student, checked.context.pair_stops)
+    for note in checked.prompts.notes:
+        console.print(note)
 
 
 def _open_folder(recipe: Recipe, checked: Checked) -> RunFolder:
