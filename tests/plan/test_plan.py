@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tests.conftest import MODELS, miniature_recipe
+from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from typer.testing import CliRunner
@@ -17,9 +18,11 @@ from oprd.clock import Clock
 from oprd.data.batching import rows_by_tokens
 from oprd.distributed import Ranks
 from oprd.errors import ConfigError, DoesNotFit
+from oprd.models import language_model
 from oprd.plan import start
+from oprd.plan.meter import Meter
 from oprd.plan.plan import Place, find_device, largest_budget, plan_checked, plan_recipe
-from oprd.plan.simulate import OPTIMIZER, WEIGHTS, alone, fill_optimizer, load, longest_step
+from oprd.plan.simulate import FROZEN, OPTIMIZER, WEIGHTS, alone, fill_optimizer, load, longest_step
 from oprd.plan.start import UNCHECKED, at_most
 from oprd.recipe import parse_recipe, recipe_to_dict, recipe_to_yaml
 from oprd.student import InitialStudent
@@ -44,8 +47,10 @@ CASES = {
     "sum": {"objective": [{"type": "oprd", "tokens": {"last": 100}}, {"type": "opd_sampled"}]},
     "ride": {"objective": {"type": "ride", "tokens": "all"}},
     "recomputed": {"student": {"model": "", "gradient_checkpointing": True}},
+    "offloaded": {"student": {"model": "", "gradient_checkpointing": "offload"}},
     "lora": {"student": {"model": "", "lora": {"r": 8}}},
     "bf16": {"bf16": True},
+    "4 bits": {"bf16": True, "student": {"model": "", "lora": {"r": 8}, "weights": "4bit"}},
     "packed": {"packing": True},
     "self": {"objective": {"type": "opd"}, "teacher": {"type": "self", "prompt_template": "{problem}="}},
     "sequence": {
@@ -95,7 +100,7 @@ def measured_peak(recipe):
     checked = check(recipe, Given(), Ranks(accelerator), InitialStudent())
     gc.collect()
     earlier = storages()
-    method = load(recipe, checked, accelerator)
+    method = load(recipe, checked, accelerator, Meter())
     fill_optimizer(method.student)
     step = longest_step(recipe, checked, method.student, 1)
     micros = rows_by_tokens(step, recipe.micro_batch_tokens, packed=method.student.lm.packs)
@@ -111,16 +116,34 @@ def measured_peak(recipe):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_update_takes_the_memory_that_is_planned(name, recipe_of):
+def test_the_update_takes_the_memory_that_is_planned(name, recipe_of, monkeypatch):
+    """What is offloaded waits in memory that the profiler does not see, as that beside a GPU."""
     recipe = recipe_of(**CASES[name])
     with alone(bf16=False) as accelerator:
         checked = check(recipe, Given(), Ranks(accelerator), InitialStudent())
     plan = plan_checked(recipe, checked, Place(device=find_device("h100")))
     planned = plan.parts["update"].total()
+    away = saved_tensors_hooks(lambda x: x.numpy().copy(), torch.tensor)
+    monkeypatch.setattr(language_model, "save_on_cpu", lambda **_: away)
     measured = measured_peak(recipe)
     print(f"{name}: planned {planned / 1e6:.2f} MB, {planned / measured:.4f} of what was measured")
     assert planned == pytest.approx(measured, rel=0.05)
     assert plan.peak_gb * 1e9 < at_most(recipe, checked) < 30 * plan.peak_gb * 1e9
+
+
+def test_a_teacher_that_waits_in_cpu_memory_or_is_on_another_device_takes_none_of_this_one(recipe_of, model):
+    teacher = {"type": "local", "model": model, "dtype": "float32"}
+    plans = [
+        plan_recipe(recipe_of(teacher=teacher | where), Place(device=find_device("24"))).parts["update"]
+        for where in ({}, {"offload": True}, {"device": "cuda:1"}, {"device": "cuda:0"})
+    ]
+    weights = 4 * sum(x.numel() for x in AutoModelForCausalLM.from_pretrained(model).parameters())
+    here, *apart, same = plans
+    assert same == here
+    assert here[FROZEN] == pytest.approx(weights, rel=1e-3)
+    for parts in apart:
+        assert parts[FROZEN] == 0
+        assert (here - parts).total() == pytest.approx(weights, rel=1e-2)
 
 
 def test_sharding_divides_what_the_student_holds(recipe_of):

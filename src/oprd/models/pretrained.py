@@ -24,6 +24,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from oprd.errors import DataError, ModelError
 from oprd.files import SUMS, checksums
 from oprd.models.families import auto_class
+from oprd.models.quantization import hold_quantized
 
 MOST_OF = {"(layers?|blocks|experts)$": 2**12, "size|dim|embd|inner|d_model|head|width|rank|channels": 2**24}
 """By what a config's key contains: several times the largest that was published."""
@@ -60,8 +61,11 @@ def load_weights(model: str, *, trainable: bool = False, **given: Any) -> Any:
             return PeftModel.from_pretrained(loaded, model, is_trainable=trainable, use_safetensors=True)
         config = read_config(model)
         if shapes_only():
-            given.pop("quantization_config", None)
-            return auto_class(config).from_config(config, trust_remote_code=False, **given)
+            bits = given.pop("quantization_config", None)
+            empty = auto_class(config).from_config(config, trust_remote_code=False, **given)
+            if bits is not None:
+                hold_quantized(empty, bits)
+            return empty
         loaded, info = auto_class(config).from_pretrained(
             model, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **given
         )

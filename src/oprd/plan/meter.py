@@ -47,6 +47,8 @@ def without_content() -> Iterator[None]:
         nn.Module._apply = own  # type: ignore[method-assign]
 
 
+ELSEWHERE = "elsewhere"
+"""A part that takes no memory of the device."""
 BY_MASK = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 
 
@@ -88,6 +90,7 @@ class Meter(TorchDispatchMode):
         for key in {x.untyped_storage()._cdata for x in tensors if x is not None} & self._storages.keys():
             before, size = self._storages[key]
             self.held[before] -= size
+            size *= part != ELSEWHERE
             self.held[part] += size
             self._storages[key] = part, size
 
@@ -115,8 +118,9 @@ class Meter(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage._cdata in self._storages:
             return
-        self._storages[storage._cdata] = self._part, storage.nbytes()
-        self.held[self._part] += storage.nbytes()
+        size = storage.nbytes() if self._part != ELSEWHERE else 0
+        self._storages[storage._cdata] = self._part, size
+        self.held[self._part] += size
         weakref.finalize(storage, self._drop, storage._cdata)
         if self.held.total() > self.peak.total():
             self.peak = +self.held

@@ -100,7 +100,10 @@ def plan_recipe(recipe: Recipe, place: Place, given: Given | None = None) -> Pla
 
 def plan_checked(recipe: Recipe, checked: Checked, place: Place) -> Plan:
     """The plan of a recipe whose `bf16` is true or false."""
-    simulated = simulate(_countable(recipe), checked, place.processes)
+    # what compiled code and 8-bit optimizers do needs tensors with content
+    student = recipe.student.model_copy(update={"torch_compile": False})
+    plain = recipe.model_copy(update={"optim": "adamw_torch", "student": student})
+    simulated = simulate(plain, checked, place.processes)
     parts = {"rollout": Counter(simulated.rollout), "update": Counter(simulated.update)}
     for held in parts.values() if recipe.optim == "adamw_8bit" else ():
         held[OPTIMIZER] //= 4
@@ -110,23 +113,6 @@ def plan_checked(recipe: Recipe, checked: Checked, place: Place) -> Plan:
         held[GATHERED] = 2 * simulated.gathered  # the next block is fetched while one computes
     parts["rollout"][ENGINE] = round(recipe.rollout.engine.device_share * place.device.memory_gb * GB)
     return Plan(place=place, parts=parts, seconds=_least_seconds(recipe, simulated, place.device), simulated=simulated)
-
-
-def _countable(recipe: Recipe) -> Recipe:
-    """The recipe by what runs without content: quantized moments are counted after it. Raises ConfigError for the rest."""
-    student = recipe.student
-    if (
-        student.weights == "4bit"
-        or student.gradient_checkpointing == "offload"
-        or getattr(recipe.teacher, "offload", False)
-    ):
-        raise ConfigError(
-            "oprd plan does not count 4-bit weights or what is offloaded to CPU memory; plan student.weights=bfloat16, "
-            "gradient_checkpointing=true and a teacher on the device, which need more"
-        )
-    return recipe.model_copy(
-        update={"optim": "adamw_torch", "student": student.model_copy(update={"torch_compile": False})}
-    )
 
 
 def _least_seconds(recipe: Recipe, simulated: Simulated, device: Device) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import gc
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast, final
 from unittest.mock import patch
@@ -13,21 +13,24 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import masking_utils
 
 from oprd.algorithm import Distillation
 from oprd.clock import Clock
 from oprd.data.batching import rows_by_tokens
 from oprd.distributed import Ranks
+from oprd.models import language_model
 from oprd.models.language_model import Model, evaluating
-from oprd.plan.meter import Meter, without_content
+from oprd.plan.meter import ELSEWHERE, Meter, without_content
 from oprd.recipe import Recipe
 from oprd.rollout.sources import Source
 from oprd.student import InitialStudent, Student
-from oprd.teacher.base import Chains, Generations, Teacher
+from oprd.teacher.base import Chains, Generations, Teacher, TeacherContext
+from oprd.teacher.local import LocalTeacher
 from oprd.train.pair import Given
 from oprd.train.setup import Checked, build_reference, build_student
-from oprd.types import Capability, LogprobTargets, Prompt, Rollouts, Taps, Targets, TokenAlignment
+from oprd.types import Capability, HiddenStates, LogprobTargets, Prompt, Rollouts, Taps, Targets, TokenAlignment
 
 WEIGHTS, GRADIENTS, OPTIMIZER, FROZEN = "student's weights", "gradients", "optimizer", "frozen models"
 STATES, ACTIVATIONS, LOSS, BACKWARD = "teacher's states", "activations", "loss and LM heads", "backward pass"
@@ -64,17 +67,17 @@ def simulate(recipe: Recipe, checked: Checked, processes: int) -> Simulated:
     meter = Meter()
     with alone(bf16=recipe.bf16 is True) as accelerator, without_content(), meter:
         with meter.part(FROZEN):
-            method = load(recipe, checked, accelerator)
+            method = load(recipe, checked, accelerator, meter)
         gc.collect()  # the checks at load leave circles
         student = method.student
-        meter.move([*student.lm.model.parameters(), *student.lm.model.buffers()], WEIGHTS)
+        meter.move(_tensors(student), WEIGHTS)
         with meter.part(OPTIMIZER):
             fill_optimizer(student)
         rollout, flops, at_once, read = _write(recipe, checked, student, meter, processes)
         step = longest_step(recipe, checked, student, processes)
         micros = rows_by_tokens(step, recipe.micro_batch_tokens, packed=student.lm.packs)
         clock = _Parts(meter, accelerator.device)
-        with _watched(meter, student), _masks(packed=student.lm.packs):
+        with _watched(meter, student), _masks(packed=student.lm.packs), _inputs_in_cpu_memory(meter):
             meter.forget_peak()
             method.update(step.take([row for rows in micros[:2] for row in rows]), 1, clock)
     for name, count in clock.flops.items():
@@ -108,6 +111,20 @@ def alone(*, bf16: bool) -> Iterator[Accelerator]:
             state._shared_state.update(before)
 
 
+def _tensors(model: Model) -> list[Tensor]:
+    return [*model.lm.model.parameters(), *model.lm.model.buffers()]
+
+
+def _inputs_in_cpu_memory(meter: Meter) -> AbstractContextManager[object]:
+    """Where the blocks' inputs wait in CPU memory, they take none of the device."""
+
+    def pack(x: Tensor) -> Tensor:
+        with meter.part(ELSEWHERE):
+            return x.clone()
+
+    return patch.object(language_model, "save_on_cpu", lambda **_: saved_tensors_hooks(pack, Tensor.clone))
+
+
 @contextmanager
 def _masks(*, packed: bool) -> Iterator[None]:
     """transformers makes a mask for tensors without content; for real ones only where rows are packed."""
@@ -115,13 +132,16 @@ def _masks(*, packed: bool) -> Iterator[None]:
         yield
 
 
-def load(recipe: Recipe, checked: Checked, accelerator: Accelerator) -> Distillation:
+def load(recipe: Recipe, checked: Checked, accelerator: Accelerator, meter: Meter) -> Distillation:
     """The models of a step, as setup loads them; nobody writes."""
-    initial = InitialStudent()
-    context = replace(checked.context, initial_student=initial, device=accelerator.device, given={})
+    initial, context = InitialStudent(), checked.context
+    context = replace(context, initial_student=initial, device=accelerator.device, given={})
+    teacher = _teacher(recipe, checked, context, meter)
     checked = replace(checked, context=context)
-    teacher = _teacher(recipe, checked)
     student = build_student(recipe, Given(), checked, accelerator, initial)
+    for one, _ in teacher.teachers:
+        if isinstance(one, LocalTeacher) and one.model.lm.computes_on:
+            meter.move(_tensors(one.model), ELSEWHERE)  # but for the length of a pass
     return Distillation(
         source=_Nobody(), teacher=teacher, student=student, ranks=Ranks(accelerator),
         reference=build_reference(checked, initial, teacher, accelerator.device),
@@ -137,27 +157,36 @@ def fill_optimizer(student: Student) -> None:
     student.optimizer.zero_grad()
 
 
-def _teacher(recipe: Recipe, checked: Checked) -> Teacher:
-    """The teacher, of several the first one in reach; all in reach are held."""
-    facts = checked.teacher.members or {"": checked.teacher}
-    built = [
-        recipe.teacher.members[name].build(facts[name], checked.context, name)
-        for name in facts
-        if Capability.HIDDEN in facts[name].provides
-    ]
-    return _Told(built)
+def _teacher(recipe: Recipe, checked: Checked, context: TeacherContext, meter: Meter) -> "_Told":
+    """The teacher, of several the first one in reach; all in reach are held, each on its own device or the student's."""
+    built, mine = list[tuple[Teacher, str]](), checked.context.device
+    for name, facts in (checked.teacher.members or {"": checked.teacher}).items():
+        config, part = recipe.teacher.members[name], FROZEN
+        own = torch.device(getattr(config, "device", None) or mine)
+        if own != mine:
+            config = config.model_copy(update={"device": None})
+            part = FROZEN if (own.type, own.index or 0) == (mine.type, mine.index or 0) else ELSEWHERE
+        if Capability.HIDDEN in facts.provides:
+            with meter.part(part):
+                built.append((config.build(facts, context, name), part))
+    return _Told(built, meter)
 
 
 @final
 class _Told(Teacher):
     """The first of the teachers in reach; without one, what a server has said."""
 
-    def __init__(self, teachers: Sequence[Teacher]) -> None:
-        self.teachers = teachers
+    def __init__(self, teachers: Sequence[tuple[Teacher, str]], meter: Meter) -> None:
+        self.teachers, self._meter = teachers, meter
 
     def targets(self, rollouts: Rollouts, taps: Taps) -> Targets:
         if self.teachers:
-            return self.teachers[0].targets(rollouts, taps)
+            teacher, part = self.teachers[0]
+            if part != ELSEWHERE:
+                return teacher.targets(rollouts, taps)
+            with self._meter.part(ELSEWHERE):
+                found = teacher.targets(rollouts, taps)
+            return found if found.teacher is None else replace(found, teacher=_copied(found.teacher))
         given = rollouts.logprobs or ()
         names = ("sampled", "top_ids", "top_logprobs")
         joined = (
@@ -167,6 +196,12 @@ class _Told(Teacher):
 
     def generate(self, chains: Chains) -> Generations:
         return [[None] * len(chain) for chain in chains]
+
+
+def _copied(states: HiddenStates) -> HiddenStates:
+    """What another device hands over."""
+    head = None if states.head is None else replace(states.head, weight=states.head.weight.clone())
+    return replace(states, hidden={spec: x.clone() for spec, x in states.hidden.items()}, head=head)
 
 
 @final

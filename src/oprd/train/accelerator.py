@@ -31,7 +31,7 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
         project_dir=recipe.output_dir,
     )
     bf16 = accelerator.mixed_precision == "bf16"
-    if recipe.bf16 == "auto" and bf16 and accelerator.is_main_process:
+    if recipe.bf16 == "auto" and accelerator.device.type == "cuda" and bf16 and accelerator.is_main_process:
         console.print("Computing in bfloat16, which this GPU has; bf16=false computes in float32.")
     if bf16 and accelerator.distributed_type == DistributedType.FSDP and (fsdp := accelerator.state.fsdp_plugin):
         # accelerate's own policy sums gradients and hands out log-probabilities in bfloat16
