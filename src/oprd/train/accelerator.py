@@ -17,16 +17,25 @@ from oprd.recipe import Recipe
 LONGEST_WAIT = timedelta(hours=3)
 """For another rank, beside its wait for a teacher's server. Torch's 10 minutes would end a run whose completions are long on
 one rank."""
+LAUNCHES = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM", "FSDP": "FSDP 1"}
+"""Ways to train that a launcher may ask for by ACCELERATE_USE_..., and that are not supported."""
 
 
 def open_accelerator(recipe: Recipe) -> Accelerator:
-    """The launcher's processes, in the recipe's precision. Raises ConfigError where each would train alone."""
+    """The launcher's processes, in the recipe's precision. Raises ConfigError where each would train alone, or in a way that
+    is not supported."""
+    for name, way in LAUNCHES.items():
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}") and (name != "FSDP" or os.environ.get("FSDP_VERSION") != "2"):
+            raise ConfigError(
+                f"the launcher asks for {way}; use DDP (accelerate launch --multi_gpu) or FSDP 2 (--use_fsdp --fsdp_version 2)"
+            )
     # accelerate keeps its first precision for the whole process; a second run in one process has its own recipe
     AcceleratorState._reset_state()
-    # the recipe says it all: a launcher's settings of precision and accumulation are not looked at
+    # the recipe says it all: a launcher's settings of precision, accumulation and compilation are not looked at
     accelerator = Accelerator(
         mixed_precision="bf16" if _in_bf16(recipe) else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="no",
         log_with=list(recipe.report_to) or None,
         project_dir=recipe.output_dir,
     )
