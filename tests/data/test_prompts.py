@@ -111,6 +111,22 @@ def test_without_a_chat_template_the_text_is_read_as_it_is():
     assert tokenizer.decode(render(tokenizer, [Message(role="user", content="1+2")])) == "1+2"
 
 
+@pytest.mark.parametrize(
+    ("turn", "asked"),
+    [
+        ("<|{{ m.role }}|>{{ m.content }}<|end|>", "<|user|>1+2<|end|><|assistant|>"),
+        ("{{ m.role }}: {{ m.content }}\n", "user: 1+2\nassistant:"),
+        ("{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}", "[INST] 1+2 [/INST]"),
+        ("{% if m.role == 'user' %}{{ m.content }}={% else %}{{ raise_exception('no') }}{% endif %}", "1+2="),
+    ],
+    ids=["tokens", "text", "space alone", "no answers"],
+)  # fmt: skip
+def test_a_template_without_a_generation_prompt_asks_as_it_writes_an_answer(turn, asked, base):
+    base.tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}"
+    ids = render(base.tokenizer, (Message(role="user", content="1+2"),))
+    assert decode(base.tokenizer, ids, special=True) == asked
+
+
 def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt():
     tokenizer = load_miniature("base").tokenizer
     tokenizer.chat_template = None
@@ -211,7 +227,7 @@ def test_only_the_rows_in_use_are_read_and_any_change_of_the_file_is_noticed(tmp
 def test_a_template_that_reads_a_list_of_parts_gets_one(base):
     base.tokenizer.chat_template = "{% for m in messages %}{% for part in m['content'] %}<|{{ m.role }}|>{{ part['text'] }}{% endfor %}{% endfor %}"
     assert decode(base.tokenizer, render(base.tokenizer, (Message(role="user", content="1+2"),)), special=True) == (
-        "<|user|>1+2"
+        "<|user|>1+2<|assistant|>"
     )
 
 

@@ -115,7 +115,7 @@ def render_all(
             [replace(turn, content=control.hide(turn.content, marks=turn.role == "assistant")) for turn in turns]
             for turns in conversations
         ]
-        texts = [_apply_template(tokenizer, turns, options or {}, add_generation_prompt=True) for turns in hidden]
+        texts = [_up_to_the_answer(tokenizer, turns, options or {}) for turns in hidden]
         rows = _encode_all(tokenizer, texts, special=False)
         together = zip(conversations, hidden, texts, rows, strict=True)
         return [ids if list(turns) == shown else control.encode(text) for turns, shown, text, ids in together]
@@ -169,14 +169,34 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]) -> i
 def _after_assistant(tokenizer: PreTrainedTokenizerBase) -> int | None:
     if tokenizer.chat_template is None:
         return None
-    marker = "1"
-    turns = (Message(role="user", content=marker), Message(role="assistant", content=marker))
-    try:
-        text = _apply_template(tokenizer, turns, {}, add_generation_prompt=False)
-    except DataError:  # a template for prompts alone
-        return None
     special = special_tokens(tokenizer)
-    return next((i for i in encode(tokenizer, text[text.rindex(marker) + len(marker) :]) if i in special), None)
+    _, behind = _around_an_answer(tokenizer, (Message(role="user", content="1"),), {})
+    return next((i for i in encode(tokenizer, behind) if i in special), None)
+
+
+def _around_an_answer(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, Any]
+) -> tuple[str, str]:
+    """What the template writes in front of an answer to the messages, they included, and behind it; nothing where it takes
+    none."""
+    turns = (*messages, Message(role="assistant", content="1"))
+    try:
+        before, _, behind = _apply_template(tokenizer, turns, options, add_generation_prompt=False).rpartition("1")
+    except DataError:
+        return "", ""
+    return before, behind
+
+
+def _up_to_the_answer(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, Any]
+) -> str:
+    """The conversation as text, up to where the assistant starts to write. A template without a generation prompt has its
+    place in front of an answer, but for space there."""
+    text = _apply_template(tokenizer, messages, options, add_generation_prompt=True)
+    if "add_generation_prompt" in tokenizer.get_chat_template():
+        return text
+    before = _around_an_answer(tokenizer, messages, options)[0].rstrip(" ")
+    return before if before.startswith(text) and before.strip() != text.strip() else text
 
 
 def _apply_template(
