@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from conftest import load_miniature, miniature_recipe
+from conftest import MODELS, load_miniature, miniature_recipe
+from oprd.clock import Clock
 from oprd.errors import ModelError
 from oprd.models.generate import Sampling, generate
 from oprd.models.language_model import FrozenModel
@@ -11,6 +12,7 @@ from oprd.models.loading import ModelFacts
 from oprd.recipe import parse_recipe
 from oprd.train.run import run_recipe
 from oprd.train.setup import setup
+from oprd.types import Rollouts
 
 ROWS, DIGITS = slice(262, 272), slice(15, 25)
 
@@ -65,6 +67,22 @@ def test_a_token_that_a_teacher_has_no_row_for_is_not_sampled(tmp_path, train_fi
     models["teacher"] = {"type": "local", "model": str(tmp_path / "teacher"), "dtype": "float32"}
     parts = setup(parse_recipe(miniature_recipe(tmp_path / "run", train_file, **models)))
     assert parts.method.student.lm.unsampled_ids == tuple(range(262, 300))
+
+
+def test_a_token_that_a_teacher_of_another_tokenizer_has_no_row_for_is_read_as_its_letters(tmp_path, train_file):
+    lm, student = load_miniature("base"), load_miniature("wide_teacher").tokenizer
+    lm.tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    for part in (lm.model, lm.tokenizer):
+        part.save_pretrained(tmp_path / "teacher")
+    models = {"student": {"model": str(MODELS / "wide_teacher")}, "objective": {"type": "opd_sampled"}}
+    models["teacher"] = {"type": "local", "model": str(tmp_path / "teacher"), "dtype": "float32"}
+    parts = setup(parse_recipe(miniature_recipe(tmp_path / "run", train_file, **models)))
+    ids = tuple(student("a<image>b")["input_ids"])
+    given = Rollouts(prompts=(parts.prompts[0],), completion_ids=(ids,), finished=(True,))
+    (alignment,) = parts.method.annotate(given).alignments
+    assert lm.tokenizer.convert_ids_to_tokens(alignment.teacher_ids) == list("a<image>b")
+    assert len(alignment.student_index) == len(ids)
+    assert parts.method.update(parts.method.annotate(given), 1, Clock(torch.device("cpu"))).finite
 
 
 def test_pad_and_template_tokens_without_a_row_are_refused(tmp_path):

@@ -80,12 +80,14 @@ class Aligner:
         student_stops: Iterable[int],
         teacher_end: int,
         teacher_name: str,
+        teacher_rows: int = 2**31,
     ) -> None:
+        """`teacher_rows`: of its embedding; a token beyond them is read as its letters."""
         self._student = TokenBytes(student, "student")
         self._teacher = TokenBytes(teacher, f"teacher {teacher_name}")
         self._teacher_tokenizer = teacher
         self._stops = frozenset(student_stops)
-        self._teacher_end = teacher_end
+        self._teacher_end, self._rows = teacher_end, teacher_rows
 
     def align(self, ids: Sequence[int], *, finished: bool) -> TokenAlignment:
         """The teacher's tokens of the same text, and the indices of the tokens of both that end at the same byte.
@@ -99,6 +101,8 @@ class Aligner:
         student_bytes = b"".join(student_pieces)
         text = getincrementaldecoder("utf-8")("replace").decode(student_bytes)  # less a character that was cut
         teacher_ids = encode(self._teacher_tokenizer, text)
+        if max(teacher_ids, default=0) >= self._rows:
+            teacher_ids = encode(self._teacher_tokenizer, text, letters=True)
         teacher_pieces = self._teacher.pieces(teacher_ids)
         common, skipped = _common_start(student_bytes, b"".join(teacher_pieces))
         ends = ((end - skipped, i) for end, i in _ends(teacher_pieces).items())

@@ -52,9 +52,12 @@ def with_prompt(
     return tuple(turns)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> tuple[int, ...]:
-    """The text's token ids; `special` adds the special tokens that the tokenizer puts around plain text."""
-    return _encode_all(tokenizer, [text], special=special)[0]
+def encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False, letters: bool = False
+) -> tuple[int, ...]:
+    """The text's token ids; `special` adds the special tokens that the tokenizer puts around plain text, `letters` reads
+    those in the text as such."""
+    return _encode_all(tokenizer, [text], special=special, letters=letters)[0]
 
 
 def encode_written(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
@@ -67,7 +70,6 @@ def encode_written(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, 
 def _encode_all(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool, letters: bool = False
 ) -> list[tuple[int, ...]]:
-    """`letters`: control tokens are read as these."""
     rows = tokenizer(list(texts), add_special_tokens=special, split_special_tokens=letters)["input_ids"]
     return [tuple(ids) for ids in cast(list[list[int]], rows)]
 

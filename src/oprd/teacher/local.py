@@ -290,5 +290,6 @@ def _aligner(student: ModelFacts, teacher: ModelFacts) -> Aligner:
     """Raises TeacherMismatch for a kind of tokenizer whose bytes are not known."""
     end = end_of_turn(teacher.tokenizer, teacher.stop_ids)
     return Aligner(
-        student.tokenizer, teacher.tokenizer, student_stops=student.stop_ids, teacher_end=end, teacher_name=teacher.name
-    )
+        student.tokenizer, teacher.tokenizer, student_stops=student.stop_ids, teacher_end=end, teacher_name=teacher.name,
+        teacher_rows=teacher.vocabulary,
+    )  # fmt: skip
