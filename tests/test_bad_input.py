@@ -148,6 +148,8 @@ def test_a_folder_that_is_not_a_run_is_not_written_to(tmp_path, train_file):
     (tmp_path / "thesis" / "chapter.tex").write_text("x")
     message = refusal(miniature_recipe(tmp_path / "thesis", train_file), RunFolderError)
     assert "exists and is not a run folder" in message
+    message = refusal(miniature_recipe(tmp_path / ("x" * 300), train_file), RunFolderError)
+    assert message.endswith("xxx: File name too long; choose another output_dir")
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder nobody may write to")

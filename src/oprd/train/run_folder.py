@@ -49,7 +49,12 @@ class RunFolder:
     """Paths and appended files of one run. Only the main rank writes."""
 
     def __init__(self, path: str | Path) -> None:
+        """Raises RunFolderError for a path that cannot be."""
         self.path = Path(path)
+        try:
+            self.path.exists()
+        except OSError as error:
+            raise RunFolderError(f"{path}: {error.strerror}; choose another output_dir") from error
         self.checkpoints = self.path / "checkpoints"
         self.student = self.path / "student"
         self.record = self.path / "run.json"
