@@ -239,6 +239,24 @@ def test_a_process_that_meets_bad_input_ends_without_a_traceback(tmp_path, train
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed updates weights inside .* use `accelerate launch --use_fsdp"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM trains models of its own"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "need whole sequences"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP1 was launched"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_USE_CPU": "true"}, "shards weights on GPUs"),
+    ],
+)
+def test_a_launch_that_cannot_train_is_refused_by_name(variables, reason, tmp_path, train_file, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=reason):
+        open_accelerator(parse_recipe(miniature_recipe(tmp_path / "run", train_file)))
+    assert not (tmp_path / "run").exists()
+
+
 def test_show_config_spells_out_every_default_and_reads_back(oprd, tmp_path, train_file):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(miniature_recipe(tmp_path / "run", train_file)))
     code, out, _ = oprd("show-config", tmp_path / "r.yaml", "learning_rate=2e-4")

@@ -5,6 +5,7 @@ All runs of a kind share one `accelerate launch`, because starting two processes
 
 import json
 import shutil
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from conftest import MODELS, miniature_recipe
+from conftest import MODELS, ROOT, miniature_recipe
 from models.families_tiny import make_model
+from oprd.objectives import AnyObjective
 from oprd.recipe import parse_recipe
 from oprd.train.fit_bridge import fit_bridge
 from oprd.train.run import run_recipe
@@ -125,6 +127,19 @@ def begun(run: Path, copy: Path, step: int) -> str:
     return str(copy / "checkpoints" / f"step-{step:06d}")
 
 
+HOW = ("ddp", "fsdp2")
+OBJECTIVES = {
+    "oprd": "mixture",
+    "ride": "mixture",
+    "opd": "mixture",
+    "opd_top_k": "mixture",
+    "opd_sampled": "moved",
+    "oprd_bridge": "bridge reverse_kl",
+    "oprd_bridge_published": "bridge published",
+    "omni_opd": "omni",
+    "nll": "sequence",
+}
+"""A run that has it, by objective."""
 GIVEN = {"source": {"type": "dataset"}, "max_completion_length": 48}
 EXACT = {"adam_epsilon": 1e-4, "lr_scheduler_type": "constant", "max_steps": 2}
 EFFOPD = {"validation_prompts": 4, "score": "objective", "factors": [2.0, 4.0]}
@@ -161,20 +176,23 @@ def trees(tmp_path_factory, train_file, held_out_file) -> dict[str, dict[str, An
     evaluation = {"benchmarks": [str(held_out_file)], "samples": 2, "max_completion_length": 48}
     omni = {"type": "omni_opd", "chunk_tokens": 5, "chunks": 2, "continuations": 2}
     found = {
-        "mixture": recipe(unequal, objective=MIXTURE, seed=3, **exact),
+        "mixture": recipe(unequal, objective=[*MIXTURE, {"type": "opd"}, {"type": "ride"}], seed=3, **exact),
         "resumed": recipe(student=lora, teacher={"type": "self", "prompt_template": "{problem}="}, save_steps=1),
-        "omni": recipe(objective=omni, evaluation=evaluation),
+        "omni": recipe(objective=omni, evaluation=evaluation, **EXACT),
         "rewrite": recipe(
             objective={"type": "nll"},
             rollout={"source": {"type": "rewrite"}, "group_size": 2, "max_completion_length": 48},
         ),
+        "sequence": recipe(
+            objective={"type": "nll"}, rollout={"source": {"type": "teacher"}, "max_completion_length": 48}, **EXACT
+        ),
         "moved": recipe(
-            objective=MIXTURE,
+            objective=[*MIXTURE, {"type": "opd_sampled"}],
             save_steps=1,
-            save_total_limit=3,
+            save_total_limit=4,
             evaluation=evaluation,
             rollout={"group_size": 2, "max_completion_length": 48},
-            **EXACT | {"max_steps": 3},
+            **EXACT | {"max_steps": 4},
             health_tokens=0,
         ),
         "search": recipe(
@@ -221,29 +239,10 @@ def alone(trees, tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(trees, alone, tmp_path_factory):
     """The run of a recipe on two processes."""
+    both = ["mixture", "resumed", "omni", "sequence", "bridge reverse_kl", "bridge published", "search", "moved"]
     wanted = {
-        "ddp": [
-            "mixture",
-            "resumed",
-            "omni",
-            "rewrite",
-            "bridge reverse_kl",
-            "bridge published",
-            "search",
-            "moved",
-            *FAMILIES,
-        ],
-        "fsdp2": [
-            "mixture",
-            "resumed",
-            "omni",
-            "bridge hidden",
-            "bridge reverse_kl",
-            "search",
-            "in one piece",
-            "recomputed",
-            "moved",
-        ],
+        "ddp": [*both, "rewrite", *FAMILIES],
+        "fsdp2": [*both, "bridge hidden", "in one piece", "recomputed"],
     }
     done: dict[str, Launch] = {}
 
@@ -251,7 +250,9 @@ def two(trees, alone, tmp_path_factory):
         if how not in done:
             of_kind = {key: (trees | {"in one piece": trees["search"]})[key] for key in wanted[how]}
             folder = tmp_path_factory.mktemp(how)
-            of_kind["moved"] |= {"resume_from_checkpoint": begun(alone("moved"), folder / "moved" / "run", step=1)}
+            # from one process to DDP, from DDP to FSDP2
+            before, step = (alone("moved"), 1) if how == "ddp" else (run("ddp", "moved"), 2)
+            of_kind["moved"] |= {"resume_from_checkpoint": begun(before, folder / "moved" / "run", step)}
             done[how] = launch(folder, how, of_kind)
         return done[how].run(name)
 
@@ -263,9 +264,7 @@ def two(trees, alone, tmp_path_factory):
     [
         ("ddp", "mixture"),
         ("fsdp2", "mixture"),
-        ("ddp", "bridge published"),
-        ("ddp", "bridge reverse_kl"),
-        ("fsdp2", "bridge reverse_kl"),
+        *((how, name) for how in HOW for name in ("omni", "sequence", "bridge reverse_kl", "bridge published")),
         ("fsdp2", "bridge hidden"),
         ("fsdp2", "recomputed"),
         *(("ddp", name) for name in FAMILIES),
@@ -281,7 +280,19 @@ def test_two_processes_give_the_weights_of_one(how, name, alone, two):
             assert a["health/top_16_overlap/mean"] == pytest.approx(b["health/top_16_overlap/mean"], abs=0.2)
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_every_objective_is_in_the_table_of_the_docs(alone, two):
+    """`yes`: the saved weights of two processes are those of one."""
+    objectives = [kind.model_fields["type"].default for kind in typing.get_args(typing.get_args(AnyObjective)[0])]
+    assert sorted(OBJECTIVES) == sorted(objectives)
+    rows = []
+    for objective, name in OBJECTIVES.items():
+        for how in HOW:
+            assert_same_weights(saved_student(alone(name)), saved_student(two(how, name)))
+        rows.append(f"| `{objective}` | yes | yes | yes | no |")
+    assert "\n".join(rows) in (ROOT / "docs" / "processes.md").read_text()
+
+
+@pytest.mark.parametrize("how", HOW)
 def test_a_sampled_run_resumes_exactly(how, two):
     """A LoRA student whose teacher is itself, gone on with after its first step."""
     run = two(how, "resumed")
@@ -292,11 +303,12 @@ def test_a_sampled_run_resumes_exactly(how, two):
     assert_same_weights(ours, theirs, atol=0.0)
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("how", HOW)
 def test_a_run_goes_on_with_more_processes_and_with_fewer(how, alone, trees, two, tmp_path, capfd):
-    """Step 1 by one process, steps 2 and 3 by two; and after step 2 by one again: the same completions, the same run."""
+    """Step 1 by one process, the next under DDP, from step 3 on under FSDP2; and step 4 by one again: the same completions, the
+    same run."""
     whole, more, fewer = alone("moved"), two(how, "moved"), tmp_path / "run"
-    checkpoint = begun(more, fewer, step=2)
+    checkpoint = begun(more, fewer, step=3)
     run_recipe(parse_recipe(trees["moved"] | {"output_dir": str(fewer), "resume_from_checkpoint": checkpoint}))
     for run in (more, fewer):
         for a, b in zip(metrics(whole), metrics(run), strict=True):
@@ -306,7 +318,7 @@ def test_a_run_goes_on_with_more_processes_and_with_fewer(how, alone, trees, two
     assert "The checkpoint is of 2 processes, this run has 1" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("how", HOW)
 def test_continuations_and_evaluations_of_both_processes_add_up(how, two):
     rows = metrics(two(how, "omni"))
     assert [row["step"] for row in rows] == [1, 2]

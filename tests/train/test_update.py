@@ -10,7 +10,7 @@ from conftest import miniature_recipe
 from oprd.algorithm import Update, mean_update
 from oprd.clock import Clock
 from oprd.data.batching import split_by_tokens
-from oprd.errors import ConfigError, TrainingStopped
+from oprd.errors import TrainingStopped
 from oprd.recipe import parse_recipe
 from oprd.train.loop import train
 from oprd.train.setup import setup
@@ -132,13 +132,3 @@ def test_a_launchers_accumulation_precision_and_compilation_change_nothing(tmp_p
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     assert_same_weights(weights_after(tmp_path / "launched", train_file), alone, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("name", "way"), [("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM"), ("FSDP", "FSDP 1")]
-)
-def test_a_launcher_that_asks_for_what_is_not_supported_is_refused(name, way, tmp_path, train_file, monkeypatch):
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(ConfigError, match=f"the launcher asks for {way}; use DDP .* or FSDP 2"):
-        setup(parse_recipe(miniature_recipe(tmp_path / "run", train_file)))
-    assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """The processes of a launcher, in the recipe's precision."""
 
 import os
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -17,18 +18,39 @@ from oprd.recipe import Recipe
 LONGEST_WAIT = timedelta(hours=3)
 """For another rank, beside its wait for a teacher's server. Torch's 10 minutes would end a run whose completions are long on
 one rank."""
-LAUNCHES = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM", "FSDP": "FSDP 1"}
-"""Ways to train that a launcher may ask for by ACCELERATE_USE_..., and that are not supported."""
+
+REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed updates weights inside its backward pass and keeps checkpoints of its own; FSDP2 shards what "
+    "its ZeRO-3 shards",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM trains models of its own, which nothing here can tap",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "rollouts and losses need whole sequences and layers on every process; parallelism of data is "
+    "what can be had",
+}
+"""What `accelerate launch` may ask for, by the variable that says so, and why it is not supported."""
+FSDP2 = "use `accelerate launch --use_fsdp --fsdp_version 2`, or DDP"
+
+
+def refuse_launch(environment: Mapping[str, str]) -> None:
+    """Raise ConfigError, by name, for a strategy that training does not support, before any process waits for another."""
+
+    def on(name: str) -> bool:
+        return environment.get(name, "false").lower() in {"1", "true", "yes", "on"}
+
+    for name, why in REFUSED.items():
+        if on(name):
+            raise ConfigError(f"{name} is set: {why}. {FSDP2}")
+    if on("ACCELERATE_USE_FSDP") and environment.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError(
+            "FSDP1 was launched (FSDP_VERSION is not 2): it flattens the weights of a block into one tensor, from which neither heads nor "
+            f"adapters can be read; {FSDP2}"
+        )
+    if on("ACCELERATE_USE_FSDP") and on("ACCELERATE_USE_CPU"):
+        raise ConfigError("accelerate shards weights on GPUs only; without FSDP it trains by DDP on a CPU")
 
 
 def open_accelerator(recipe: Recipe) -> Accelerator:
-    """The launcher's processes, in the recipe's precision. Raises ConfigError where each would train alone, or in a way that
-    is not supported."""
-    for name, way in LAUNCHES.items():
-        if parse_flag_from_env(f"ACCELERATE_USE_{name}") and (name != "FSDP" or os.environ.get("FSDP_VERSION") != "2"):
-            raise ConfigError(
-                f"the launcher asks for {way}; use DDP (accelerate launch --multi_gpu) or FSDP 2 (--use_fsdp --fsdp_version 2)"
-            )
+    """The launcher's processes, in the recipe's precision. Raises ConfigError where each would train alone."""
+    refuse_launch(os.environ)
     # accelerate keeps its first precision for the whole process; a second run in one process has its own recipe
     AcceleratorState._reset_state()
     # the recipe says it all: a launcher's settings of precision, accumulation and compilation are not looked at
