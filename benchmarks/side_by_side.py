@@ -9,7 +9,7 @@ forward pass, loss and backward pass, in float32, between two models of SmolLM2-
 the blocks alone: no loss can do without them. Cases: 4 completions of 64 + 192 tokens, 2 of 64 + 960, and 8 of lognormal
 lengths, as micro-batches of least padding and as packed rows; TRL pads all to the longest. `kernel-*` are the losses alone,
 from hidden states and LM heads; there `bare` is the four products. `step` is a whole step but for the optimizer: the student
-writes the 8 completions of lognormal lengths (each end is forced where it is to come), then the update on them; its times are
+writes 16 completions of lognormal lengths (each end is forced where it is to come), then the update on them; its times are
 those of TRL's. CPU seconds are compared, so that a busy machine matters less; peak memory is the most that tensors hold above
 the models. After each round benchmarks/results/side_by_side.json.
 """
@@ -84,7 +84,8 @@ class _EndAt(LogitsProcessor):
 def lengths(case: str) -> list[int]:
     if case in ("short", "long"):
         return [192] * 4 if case == "short" else [960] * 2
-    drawn = torch.randn(8, generator=torch.Generator().manual_seed(3)).exp() * 90  # mean 150, sigma 1
+    count = 16 if case == "step" else 8
+    drawn = torch.randn(count, generator=torch.Generator().manual_seed(3)).exp() * 90  # mean 150, sigma 1
     return drawn.long().clamp(8, LONGEST).tolist()
 
 
@@ -102,6 +103,7 @@ def load(seed: int, name: str, packs: bool) -> LanguageModel:
         num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=8192,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "src" / "oprd" / "demo" / "models" / "base", padding_side="left")
+    tokenizer.add_tokens([f"<{i}>" for i in range(VOCABULARY - len(tokenizer))])  # each row of the LM head is a token
     return LanguageModel(model=Ending(config), tokenizer=tokenizer, name=name, packs=packs)
 
 
@@ -227,15 +229,16 @@ def trl_trainer(student: LanguageModel, teacher: LanguageModel) -> Any:
 
 
 def trl_update(trainer: Any, student: LanguageModel, every: Rollouts) -> None:
-    """On prompts padded on the left and completions on the right."""
+    """On prompts padded on the left and completions on the right, 8 at a time, all padded to the longest of the step."""
     batch = student_batch(every, pad_id=0, device=student.device)
     ids, mask = batch.input_ids, batch.attention_mask
-    inputs = {
-        "prompt_ids": ids[:, :PROMPT], "prompt_mask": mask[:, :PROMPT],
-        "completion_ids": ids[:, PROMPT:], "completion_mask": mask[:, PROMPT:],
-        "num_items_in_batch": torch.tensor(float(sum(every.lengths))),
-    }  # fmt: skip
-    trainer.compute_loss(student.model, inputs).backward()
+    for rows in torch.arange(len(ids)).split(8):
+        inputs = {
+            "prompt_ids": ids[rows, :PROMPT], "prompt_mask": mask[rows, :PROMPT],
+            "completion_ids": ids[rows, PROMPT:], "completion_mask": mask[rows, PROMPT:],
+            "num_items_in_batch": torch.tensor(float(sum(every.lengths))),
+        }  # fmt: skip
+        trainer.compute_loss(student.model, inputs).backward()
     student.model.zero_grad()
 
 
