@@ -33,7 +33,7 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], float]] = {
     "opd_sampled": ({"type": "opd_sampled"}, 8e-4),
     "oprd": ({"type": "oprd", "tokens": "all"}, 4e-3),
 }
-POLICIES = {"both": setup._pair_stops, "own": lambda student, teacher: ()}
+POLICIES = {"both": setup.pair_stops, "own": lambda student, teacher: ()}
 
 
 def write_student(folder: Path) -> None:
@@ -74,7 +74,7 @@ def main() -> None:
             arm = f"{name}, {policy}"
             if is_stored(stored, arm, seed):
                 continue
-            setup._pair_stops = POLICIES[policy]
+            setup.pair_stops = POLICIES[policy]
             objective, rate = OBJECTIVES[name]
             run = f"{name}-{policy}-{seed}"
             run_recipe(parse_recipe(tree(objective, rate, seed, run)))
