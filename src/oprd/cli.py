@@ -5,7 +5,7 @@ import re
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.text import Text
@@ -31,6 +31,13 @@ Page = Annotated[Path, typer.Option(help="The page to write.")]
 DeviceName = Annotated[str, typer.Option(help="Of the table in plan/devices.yaml, or its memory in GB.")]
 Processes = Annotated[int, typer.Option(min=1, help="Devices, one process each.")]
 Sharded = Annotated[bool, typer.Option("--sharded", help="The student's weights are sharded over them (FSDP2).")]
+
+Host = Annotated[str, typer.Option(help="Address to listen on; other than this machine's own it needs a key.")]
+Port = Annotated[int, typer.Option(min=1, max=65535)]
+Dtype = Annotated[Literal["bfloat16", "float32"], typer.Option(help="Precision of weights and computation.")]
+Blocks = Annotated[str, typer.Option(help="Whose hidden states may be asked for: all, last, or numbers as in 4,8,12.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens of one request; they are read in one forward pass.")]
+KeyVariable = Annotated[str | None, typer.Option(help="Environment variable that holds the key which clients send.")]
 
 EXIT_USER_ERROR, EXIT_STOPPED = 2, 3
 
@@ -92,6 +99,17 @@ def evaluate(model: Model, benchmarks: Benchmarks, out: EvalFolder = Path("runs/
         raise typer.BadParameter("name a benchmark to score the model on")
     print_table((row.benchmark, row) for row in evaluate_model(model, config, out=out))
     print(f"completions and verdicts: {out}")
+
+
+@app.command("serve-teacher")
+def serve_teacher(
+    model: Model, host: Host = "127.0.0.1", port: Port = 8500, dtype: Dtype = "bfloat16", blocks: Blocks = "all",
+    max_tokens: MaxTokens = 65_536, api_key_env: KeyVariable = None,
+) -> None:  # fmt: skip
+    """Give a model's hidden states to trainings on other machines: `teacher: {type: remote, urls: [...]}`."""
+    from oprd.teacher.serve import Options, serve
+
+    serve(model, host, port, Options(dtype=dtype, blocks=blocks, max_tokens=max_tokens, api_key_env=api_key_env))
 
 
 @app.command("show-config")

@@ -47,6 +47,8 @@ class LanguageModel:
 
     computes_on: torch.device | None = None
     """Where weights that wait in CPU memory are copied for every pass; None: they stay where they are."""
+    weights: str | None = None
+    """Hash of the weights before the LM head, where these are on another machine."""
     rows: int | None = None
     """Ids from here on are never sampled: a partner has no row for them. None: all may be that the tokenizer has."""
 

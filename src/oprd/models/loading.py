@@ -118,7 +118,7 @@ class ModelFacts:
         with naming(f"cannot read the config of {name!r}"):
             config = read_config(model) if isinstance(model, str) else model.config
             refuse_family(config, name)
-            empty = _without_weights(config) if isinstance(model, str) else model
+            empty = without_weights(config) if isinstance(model, str) else model
             text = config.get_text_config()
         tokenizer = tokenizer or load_tokenizer(name)
         with naming(f"cannot use the tokenizer or the generation config of {name!r}"):
@@ -339,6 +339,7 @@ def _name_of(model: str | CausalLM) -> str:
     return model if isinstance(model, str) else str(getattr(model, "name_or_path", None) or "")
 
 
-def _without_weights(config: Any) -> nn.Module:
+def without_weights(config: Any) -> nn.Module:
+    """A model of this config whose tensors have no content."""
     with torch.device("meta"):
         return cast(nn.Module, auto_class(config).from_config(config, trust_remote_code=False))

@@ -252,11 +252,20 @@ class LocalTeacherConfig(TeacherConfig):
         )  # fmt: skip
         with model.in_place():
             model.lm = packing(model.lm, context.packing)
-        return LocalTeacher(
-            model, context=facts.model.context, same_shape=Capability.SAME_SHAPE in facts.provides,
-            aligner=_aligner(context.student, facts.model) if aligned else None,
-            cache_tokens=context.cache_tokens, seed=context.seed, template=self.chat_template_kwargs,
-        )  # fmt: skip
+        return make_local(model, facts, context, self.chat_template_kwargs)
+
+
+def make_local(
+    model: Model, facts: TeacherFacts, context: TeacherContext, template: Mapping[str, Any] | None
+) -> LocalTeacher:
+    """The teacher that reads through this model, with an aligner where its tokenizer is another."""
+    assert facts.model is not None
+    aligned = Capability.SAME_TOKENIZER not in facts.provides
+    return LocalTeacher(
+        model, context=facts.model.context, same_shape=Capability.SAME_SHAPE in facts.provides,
+        aligner=_aligner(context.student, facts.model) if aligned else None,
+        cache_tokens=context.cache_tokens, seed=context.seed, template=template,
+    )  # fmt: skip
 
 
 class SelfTeacherConfig(TeacherConfig):

@@ -9,10 +9,13 @@ from oprd.errors import DataError, TeacherMismatch
 from oprd.section import Field
 from oprd.teacher.base import AnyTeacherConfig, Chains, Generation, Generations, Teacher, TeacherContext, TeacherFacts
 from oprd.teacher.local import LocalTeacherConfig, SelfTeacherConfig
+from oprd.teacher.remote import RemoteTeacherConfig
 from oprd.teacher.server import ServerTeacherConfig
 from oprd.types import Capability, HiddenSpec, Metric, Prompt, Rollouts, Taps, Targets
 
-OneTeacherConfig = Annotated[LocalTeacherConfig | SelfTeacherConfig | ServerTeacherConfig, Field(discriminator="type")]
+OneTeacherConfig = Annotated[
+    LocalTeacherConfig | SelfTeacherConfig | ServerTeacherConfig | RemoteTeacherConfig, Field(discriminator="type")
+]
 
 
 @final
