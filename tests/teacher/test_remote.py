@@ -21,6 +21,8 @@ from transformers import AutoTokenizer
 from conftest import MODELS, load_miniature, miniature_recipe
 from oprd.data.batching import teacher_batch
 from oprd.errors import ConfigError, ServerError
+from oprd.plan.plan import Place, Plan, find_device, plan_recipe
+from oprd.plan.simulate import FROZEN, STATES
 from oprd.recipe import parse_recipe
 from oprd.teacher import remote
 from oprd.teacher.local import LocalTeacherConfig
@@ -267,6 +269,8 @@ def test_what_is_wrong_with_the_command_is_said_before_weights_are_loaded(monkey
         serve(TEACHER, "0.0.0.0", free_port(), Options())
     with pytest.raises(ConfigError, match="NO_SUCH_KEY, which is not set"):
         serve(TEACHER, "127.0.0.1", free_port(), Options(api_key_env="NO_SUCH_KEY"))
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match=r"cannot be had: .* in use"):
+        serve(TEACHER, "127.0.0.1", taken.getsockname()[1], Options())
     for blocks in ("0", "7", "first", "", "1,9"):
         with pytest.raises(ConfigError, match="give all, last, or numbers from 1 to 4"):
             serve(TEACHER, "127.0.0.1", free_port(), Options(blocks=blocks))
@@ -285,3 +289,16 @@ def test_a_request_survives_json(url):
     again = Asked.model_validate_json(asked.model_dump_json())
     assert again == asked
     assert torch.equal(again.batch(pad_id=0, device=torch.device("cpu")).input_ids, batch.input_ids)
+
+
+def test_a_plan_counts_its_states_and_none_of_its_weights(url, tmp_path, train_file):
+    def plan(teacher: dict[str, Any]) -> Plan:
+        objective = {"type": "oprd", "tokens": "all"}
+        tree = miniature_recipe(tmp_path / "run", train_file, teacher=teacher, objective=objective)
+        return plan_recipe(parse_recipe(tree), Place(device=find_device("h100")))
+
+    local, ours = plan({"type": "local", "model": TEACHER}), plan({"type": "remote", "urls": [url]})
+    weights = sum(x.numel() for x in load_miniature("teacher").model.parameters())
+    frozen = local.parts["update"][FROZEN] - ours.parts["update"][FROZEN]
+    assert frozen == pytest.approx(2 * weights, rel=0.02)
+    assert ours.parts["update"][STATES] == local.parts["update"][STATES] > 0

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import hmac
 import os
+import socket
 import tempfile
 import threading
 from collections.abc import Awaitable, Callable
@@ -189,7 +190,7 @@ def make_app(teacher: ServedTeacher, key: str | None) -> Any:
 
 
 def serve(name: str, host: str, port: int, options: Options) -> None:
-    """Load a model and answer until stopped. Raises ConfigError before that for what would let strangers in."""
+    """Load a model and answer until stopped. Raises ConfigError before that for what would let strangers in, or cannot work."""
     key = options.key()
     if key is None and host not in {"127.0.0.1", "localhost", "::1"}:
         raise ConfigError(
@@ -199,6 +200,11 @@ def serve(name: str, host: str, port: int, options: Options) -> None:
         import uvicorn
     except ImportError as error:
         raise ConfigError("serve-teacher needs the packages of extra `serve`: pip install 'oprd[serve]'") from error
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--port {port} of --host {host} cannot be had: {error.strerror}; give another") from error
     teacher = ServedTeacher.load(name, options)
     lm = teacher.model.lm
     console.print(f"{name}: {lm.num_blocks} blocks, on {lm.device}, at http://{host}:{port}", highlight=False)
