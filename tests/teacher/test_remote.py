@@ -210,6 +210,9 @@ def test_without_the_key_nothing_is_told_and_the_key_is_in_no_file(tmp_path, tra
     assert not [file for file in files if KEY.encode() in file.read_bytes()]
 
 
+ALIGNMENT = {"teacher_ids": [], "student_length": 2, "student_index": [0], "teacher_index": [0]}
+
+
 def post(url: str, **changes: Any) -> httpx2.Response:
     about = httpx2.get(f"{url}/about").json()
     body = {
@@ -228,6 +231,10 @@ def post(url: str, **changes: Any) -> httpx2.Response:
         ({"prompt_ids": [[]]}, 400, "rows that each have a prompt"),
         ({"completion_ids": [[3], [4]]}, 400, "rows that each have a prompt"),
         ({"taps": []}, 400, "needs taps"),
+        ({"alignments": [ALIGNMENT | {"teacher_index": [1, 0], "student_index": [0, 1]}]}, 400, "points outside its completion"),
+        ({"alignments": [ALIGNMENT | {"teacher_index": [-1]}]}, 400, "points outside its completion"),
+        ({"alignments": [ALIGNMENT | {"teacher_index": [0, 1]}]}, 422, "alignments"),
+        ({"alignments": [ALIGNMENT] * 2}, 400, "rows that each have a prompt"),
         ({"taps": [{"block": 1, "at": "token", "tokens": {"keep": "all", "k": 0}}]}, 400, "block 1 is not served"),
         ({"taps": [{"block": 7, "at": "token", "tokens": {"keep": "all", "k": 0}}]}, 400, "block 7 is not served"),
         ({"fingerprint": "0" * 64}, 409, "asked for a model of fingerprint"),

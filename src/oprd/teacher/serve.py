@@ -109,9 +109,9 @@ class ServedTeacher:
         ids = (i for rows in (asked.prompt_ids, asked.completion_ids) for row in rows for i in row)
         if not all(0 <= i < vocabulary for i in ids):
             return f"a token id that the vocabulary of {vocabulary} does not have"
-        ends = [one.teacher_index[-1] for one in asked.alignments or () if one.teacher_index]
-        if any(end >= len(row) for end, row in zip(ends, asked.completion_ids, strict=False)):
-            return "an alignment that points behind its completion"
+        pairs = zip(asked.alignments or (), asked.completion_ids, strict=False)
+        if not all(0 <= at < len(row) for one, row in pairs for at in one.teacher_index):
+            return "an alignment that points outside its completion"
         return None
 
     def hidden(self, asked: Asked) -> dict[str, Tensor]:
