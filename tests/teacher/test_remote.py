@@ -15,6 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.testing import assert_close
 from transformers import AutoTokenizer
 
@@ -281,6 +282,12 @@ def test_what_is_wrong_with_the_command_is_said_before_weights_are_loaded(monkey
     for blocks in ("0", "7", "first", "", "1,9"):
         with pytest.raises(ConfigError, match="give all, last, or numbers from 1 to 4"):
             serve(TEACHER, "127.0.0.1", free_port(), Options(blocks=blocks))
+
+
+@pytest.mark.parametrize("urls", [(), ("teacher:8500",), ("http://me:secret@teacher:8500",), ("http://t:8500/?key=1",)])
+def test_an_address_of_another_form_is_refused(urls):
+    with pytest.raises(ValidationError, match="urls must"):
+        remote_config(*urls)
 
 
 def test_an_address_where_no_teacher_is_served_is_named(tmp_path):

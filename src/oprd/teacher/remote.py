@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -51,8 +52,10 @@ class RemoteTeacherConfig(TeacherConfig):
     @classmethod
     def _are_addresses(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         for url in urls:
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"urls must be addresses such as http://host:8500, got {url!r}")
+            if not re.fullmatch(r"https?://[^\s@?#]+", url):
+                raise ValueError(
+                    f"urls must look like http://host:8500, without a password, ? or # in them; got {url!r}"
+                )
         if not urls:
             raise ValueError("urls must name at least one server")
         return tuple(url.rstrip("/") for url in urls)
@@ -81,9 +84,8 @@ class RemoteTeacherConfig(TeacherConfig):
         )  # fmt: skip
         _same_as_before(file, found.about, write=context.rank == 0)
         teacher = make_local(RemoteModel(lm, servers, found.about), facts, context, self.chat_template_kwargs)
-        teacher.same_shape &= (
-            len(found.about.blocks) == found.facts.blocks
-        )  # else diagnostics compare the last block alone
+        # diagnostics compare all blocks or the last one
+        teacher.same_shape = teacher.same_shape and len(found.about.blocks) == found.facts.blocks
         return teacher
 
 
