@@ -5,8 +5,8 @@ import os
 import re
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, cast, final
 
@@ -180,7 +180,6 @@ class RemoteModel(Model):
     def __init__(self, lm: LanguageModel, servers: Servers, about: About) -> None:
         self.lm, self._servers, self._about = lm, servers, about
         self._width: int = lm.core.config.get_text_config().hidden_size
-        self._threads = ThreadPoolExecutor(max_workers=servers.count)
         self._fetched: LMHead | None = None
 
     def hidden(self, batch: Batch, taps: Taps) -> HiddenStates:
@@ -189,7 +188,9 @@ class RemoteModel(Model):
             rows = [len(batch.positions(spec.tokens)) for spec in taps.hidden]
             states = [torch.empty(n, self._width, dtype=torch.bfloat16, device=self.lm.device) for n in rows]
         else:
-            parts = list(self._threads.map(lambda rows: self._ask(batch, taps, rows), self._shares(batch)))
+            # threads of a ThreadPool are daemons, so Ctrl-C does not wait for them
+            with ThreadPool(self._servers.count) as pool:
+                parts = pool.map(lambda rows: self._ask(batch, taps, rows), self._shares(batch), chunksize=1)
             states = [torch.cat(x).to(self.lm.device) for x in zip(*parts, strict=True)]
         hidden = dict(zip(taps.hidden, states, strict=True))
         return HiddenStates(hidden=hidden, head=self._head() if taps.head else None, batch=batch)
