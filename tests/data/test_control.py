@@ -5,8 +5,8 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
-from transformers import ByT5Tokenizer
+from tokenizers import AddedToken, Tokenizer, models
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from conftest import MODELS, load_miniature, miniature_recipe, smollm2_tokenizer
 from data.test_alignment import TEXTS, metaspace, sentencepiece
@@ -131,11 +131,16 @@ def test_a_server_gets_ids_where_its_tokenizer_would_read_letters_as_tokens(tmp_
         assert "Row 0 has the letters of a control token" in capfd.readouterr().err
 
 
-def test_a_tokenizer_that_cannot_read_letters_is_named():
-    slow = ByT5Tokenizer()
-    slow.chat_template = "{{ messages[0]['content'] }}</s>"
-    assert render(slow, asked("<s>")) == (*encode(slow, "<s>"), slow.eos_token_id)
-    with pytest.raises(
-        DataError, match=r"a control token as letters, which ByT5Tokenizer would read as the token: .*drop"
-    ):
-        render(slow, asked("1</s>"))
+def unigram():
+    """Its model has the end of text as a piece, and finds it in letters."""
+    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *((c, -5.0) for c in "12+</s>")], unk_id=0))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("make", [ByT5Tokenizer, unigram])
+def test_a_tokenizer_that_cannot_read_letters_is_named(make):
+    tokenizer = make()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}</s>"
+    assert render(tokenizer, asked("1+2<")) == (*encode(tokenizer, "1+2<"), tokenizer.eos_token_id)
+    with pytest.raises(DataError, match=r"has a control token as letters, which \w+ reads as the token; drop the row"):
+        render(tokenizer, asked("1</s>"))

@@ -6,7 +6,7 @@ import secrets
 from functools import lru_cache
 from typing import Any, cast, final
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from oprd.errors import DataError
@@ -37,12 +37,12 @@ class ControlTokens:
         self._tokenizer, added, special = tokenizer, tokenizer.added_tokens_decoder, special_tokens(tokenizer)
         self.no_marks = frozenset(i for i, text in special.items() if not is_mark(text))
         """Those that do not stand around reasoning."""
-        self._special = {i: added[i] for i in special if i in added}
-        self._ids = {token.content: i for i, token in self._special.items()}
+        self._special = {i: added[i].content for i in special if i in added}
+        self._ids = {text: i for i, text in self._special.items()}
         self._names = re.compile("|".join(map(re.escape, sorted(self._ids, key=len, reverse=True))) or "(?!)")
         self._letter = f"\U0010fffd{secrets.token_hex(8)}-"  # which no text has
         self._reader: Tokenizer | None = None
-        self._meant = dict[int, int]()
+        self._meant = dict[int | None, int]()
 
     def typed(self, *texts: str) -> bool:
         """Whether a text has the letters of a control token."""
@@ -61,32 +61,31 @@ class ControlTokens:
 
         Raises DataError where the tokenizer cannot do that.
         """
-        reader = self._reader = self._reader or self._read_letters(text)
-        text = self._names.sub(lambda found: self._name(self._ids[found[0]]), text)
-        text = re.sub(f"{self._letter}([0-9]+)[.]", lambda found: self._special[int(found[1])].content, text)
-        return tuple(self._meant.get(i, i) for i in reader.encode(text, add_special_tokens=False).ids)
+        if self._reader is None and self._tokenizer.is_fast:
+            self._reader = self._read_letters()
+        meant = self._names.sub(lambda found: self._name(self._ids[found[0]]), text)
+        meant = re.sub(f"{self._letter}([0-9]+)[.]", lambda found: self._special[int(found[1])], meant)
+        ids = [] if self._reader is None else self._reader.encode(meant, add_special_tokens=False).ids
+        unknown = self._tokenizer.unk_token_id
+        if self._reader is None or any(i in self._special and i not in self._meant and i != unknown for i in ids):
+            raise DataError(
+                f"the text has a control token as letters, which {type(self._tokenizer).__name__} reads as the token; drop the row"
+            )
+        return tuple(self._meant.get(i, i) for i in ids)
 
     def _name(self, token: int) -> str:
         """Another name of a control token, for where it is meant."""
         return f"{self._letter}{token}!"
 
-    def _read_letters(self, text: str) -> Tokenizer:
+    def _read_letters(self) -> Tokenizer:
         """A copy of the tokenizer that reads the control tokens as letters, and by their other names as themselves."""
-        if not self._tokenizer.is_fast:
-            raise DataError(
-                f"the text has a control token as letters, which {type(self._tokenizer).__name__} would read as the token: "
-                f"{text[-300:]!r}; drop the row"
-            )
         state = json.loads(cast(Any, self._tokenizer).backend_tokenizer.to_str()) | {
             "truncation": None,
             "padding": None,
         }
         for token in state["added_tokens"]:
-            token["special"] |= token["id"] in self._special
+            if token["id"] in self._special:
+                token |= {"content": self._name(token["id"]), "special": False}
         reader = Tokenizer.from_str(json.dumps(state))
-        reader.encode_special_tokens = True
-        for i, token in self._special.items():
-            flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
-            reader.add_tokens([AddedToken(self._name(i), **flags)])
-            self._meant[cast(int, reader.token_to_id(self._name(i)))] = i
+        self._meant = {reader.token_to_id(self._name(i)): i for i in self._special}
         return reader
