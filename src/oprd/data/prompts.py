@@ -166,10 +166,13 @@ class Prompts(Sequence[Prompt]):
 
     def _first_of_equals(self, rows: Sequence[int]) -> Sequence[int]:
         found: dict[bytes, int] = {}
-        for row in rows:
-            columns = self._rows[row]
-            shown = [columns.get(name) for name in ("messages", *TEXT_COLUMNS)]
-            found.setdefault(hashlib.blake2b(repr(shown).encode(), digest_size=16).digest(), row)
+        with progress_bar("compare prompts", len(rows), shown=len(rows) >= MANY) as bar:
+            for number, row in enumerate(rows, start=1):
+                columns = self._rows[row]
+                shown = [columns.get(name) for name in ("messages", *TEXT_COLUMNS)]
+                found.setdefault(hashlib.blake2b(repr(shown).encode(), digest_size=16).digest(), row)
+                if number % MANY == 0:
+                    bar.advance(MANY)
         self.notes.append(f"{self._config.prompts}: {len(found)} different prompts in {len(rows)} rows")
         return array("Q", found.values())
 
