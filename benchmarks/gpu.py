@@ -40,7 +40,8 @@ from oprd.rollout.hf import HFEngine
 from oprd.rollout.sources import StudentSource
 from oprd.student import OptimizerSection, Student
 from oprd.teacher.local import LocalTeacher
-from oprd.train.checkpoint import load_checkpoint, save_checkpoint
+from oprd.train.checkpoint import load_checkpoint
+from oprd.train.saving import Saving
 from oprd.types import ALL_TOKENS, HiddenSpec, Message, Prompt, Rollouts, Taps
 
 MINIATURE = Path(__file__).parents[1] / "src" / "oprd" / "demo" / "models"
@@ -228,7 +229,9 @@ def a_checkpoint_goes_on_bit_for_bit(accelerator: Accelerator) -> None:
         first, resumed = methods
         with tempfile.TemporaryDirectory() as folder:
             first.update(rollouts, 1, Clock(ranks.device))
-            save_checkpoint(Path(folder), 1, first.student, ranks, state=dict, tensors={}, keep=1)
+            saving = Saving(Path(folder), first.student, ranks, every=1, keep=1)
+            saving.begin(1, dict, {})
+            saving.finish()
             first.update(rollouts, 2, Clock(ranks.device))
             load_checkpoint(Path(folder) / "step-000001", resumed.student, ranks, tensors={})
             resumed.update(rollouts, 2, Clock(ranks.device))

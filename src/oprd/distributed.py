@@ -1,9 +1,12 @@
 """Ranks: the only place of collectives. Without a launcher there is one rank and nothing is sent."""
 
+import copy
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar, cast, final
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from jaxtyping import Float
@@ -12,6 +15,8 @@ from torch import Tensor
 from oprd.errors import OprdError, ServerError, TrainingStopped
 
 T = TypeVar("T")
+WRITING = timedelta(days=1)
+"""For other ranks to write their part of a checkpoint; training waits for it only at the next one."""
 
 
 @final
@@ -24,6 +29,8 @@ class Ranks:
         self.size = accelerator.num_processes
         self.is_main = accelerator.is_main_process
         self.device: torch.device = accelerator.device
+        self.group: dist.ProcessGroup | None = None
+        """Of another thread's collectives; None: the launcher's."""
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         """Weights are sharded: every rank has to run the same number of forward passes."""
 
@@ -53,7 +60,21 @@ class Ranks:
 
     def gather_objects(self, rows: list[Any]) -> list[Any]:
         """The lists of all ranks behind each other."""
-        return gather_object(rows)
+        if self.size == 1 or self.group is None:
+            return rows if self.size == 1 else gather_object(rows)
+        found = cast(list[list[Any]], [None] * self.size)
+        dist.all_gather_object(found, rows, group=self.group)
+        return [row for one in found for row in one]
+
+    def apart(self) -> "Ranks":
+        """What another thread writes files by: the same processes in a group of their own where weights are sharded, else each
+        rank alone."""
+        other = copy.copy(self)
+        if self.sharded and self.size > 1:
+            other.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=WRITING))
+        else:
+            other.rank, other.size, other.is_main = 0, 1, True
+        return other
 
     def on_main(self, act: Callable[[], None]) -> None:
         """Let the main rank do something while the others wait. What it raises is raised on all of them."""

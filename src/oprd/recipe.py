@@ -22,7 +22,7 @@ from oprd.objectives import AnyObjective
 from oprd.rollout.hf import HFEngineConfig
 from oprd.rollout.sources import SourceConfig, StudentSource
 from oprd.rollout.vllm import VLLMEngineConfig
-from oprd.section import Listed, NonNegativeInt, PositiveInt, Ramp, Section, Seed
+from oprd.section import Listed, Minutes, NonNegativeInt, PositiveInt, Ramp, Section, Seed
 from oprd.student import OptimizerSection
 from oprd.teacher import AnyTeacher
 
@@ -129,8 +129,8 @@ class Recipe(OptimizerSection):
     """A line in metrics.jsonl every so many steps."""
     health_tokens: NonNegativeInt = 256
     """Sampled tokens that the diagnostics are taken on at every logged step; 0 switches them off."""
-    save_steps: PositiveInt = 100
-    """A checkpoint every so many steps, and after the last."""
+    save_steps: PositiveInt | Minutes = 100
+    """A checkpoint every so many steps, or every `30 min`, and after the last."""
     save_total_limit: PositiveInt = 2
     """Checkpoints that are kept, the newest."""
     eval_steps: PositiveInt | None = None

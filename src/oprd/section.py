@@ -34,6 +34,7 @@ class Section(BaseModel):
 
 PositiveInt = Annotated[int, Field(gt=0, le=2**40)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=2**40)]
+Minutes = Annotated[str, Field(pattern=r"^[1-9]\d* min$")]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 

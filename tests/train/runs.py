@@ -10,7 +10,10 @@ from torch.testing import assert_close
 
 from conftest import miniature_recipe
 from oprd.clock import Clock
+from oprd.distributed import Ranks
 from oprd.recipe import parse_recipe
+from oprd.student import Student
+from oprd.train.saving import Saving
 from oprd.train.setup import Parts, setup
 from oprd.types import Rollouts
 
@@ -33,6 +36,13 @@ def rollouts_of(parts: Parts) -> Rollouts:
 def update(parts: Parts, rollouts: Rollouts | None = None, step: int = 1) -> None:
     """One optimizer update."""
     parts.method.update(rollouts or rollouts_of(parts), step, Clock(torch.device("cpu")))
+
+
+def save_checkpoint(folder: Path, step: int, student: Student, ranks: Ranks, keep: int = 1) -> None:
+    """A checkpoint, written before this returns."""
+    saving = Saving(folder, student, ranks, every=1, keep=keep)
+    saving.begin(step, dict, {})
+    saving.finish()
 
 
 def weights_after(folder: Path, train_file: Path, steps: tuple[int, ...] = (1, 1), **changes: Any) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from oprd.errors import RunFolderError
 from oprd.files import SUMS
 from oprd.recipe import parse_recipe
 from oprd.train import loop
-from oprd.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint, whole_checkpoint
+from oprd.train.checkpoint import checkpoints, load_checkpoint, whole_checkpoint
 from oprd.train.run import run_recipe
 from oprd.train.setup import setup
-from train.runs import assert_equal_runs, assert_same_weights, metrics, update, weights
+from train.runs import assert_equal_runs, assert_same_weights, metrics, save_checkpoint, update, weights
 
 FILES = ("SHA256SUMS", "shard-00001-model-00001-of-00001.safetensors", "state.json")
 
@@ -188,7 +188,7 @@ def test_saving_a_step_again_leaves_its_checkpoint_alone(tree, run, ranks):
     parts = setup(parse_recipe(tree | {"output_dir": str(run), "resume_from_checkpoint": "latest"}))
     folder = run / "checkpoints"
     made = {path: path.stat().st_ino for path in folder.rglob("*")}
-    save_checkpoint(folder, 3, parts.method.student, ranks, dict, {}, keep=3)
+    save_checkpoint(folder, 3, parts.method.student, ranks, keep=3)
     assert {path: path.stat().st_ino for path in folder.rglob("*")} == made
 
 
@@ -196,7 +196,7 @@ def test_before_the_first_update_the_optimizer_has_no_state(tmp_path, train_file
     """Saved and loaded then, AdamW makes its first update as its first."""
     tree = miniature_recipe(tmp_path / "run", train_file)
     plain, saved, loaded = (setup(parse_recipe(tree)) for _ in range(3))
-    save_checkpoint(tmp_path / "run" / "checkpoints", 0, saved.method.student, ranks, dict, {}, keep=1)
+    save_checkpoint(tmp_path / "run" / "checkpoints", 0, saved.method.student, ranks, keep=1)
     assert not saved.method.student.optimizer.state
     path = whole_checkpoint(tmp_path / "run" / "checkpoints", "latest", ranks)
     assert path is not None
@@ -213,7 +213,7 @@ def test_weights_moments_and_rate_come_back_bit_for_bit(tmp_path, train_file, ra
     tree["student"]["model"] = miniature_recipe(tmp_path, train_file)["student"]["model"]
     one, other = (setup(parse_recipe(tree)) for _ in range(2))
     update(one)
-    save_checkpoint(tmp_path / "run", 1, one.method.student, ranks, dict, {}, keep=1)
+    save_checkpoint(tmp_path / "run", 1, one.method.student, ranks, keep=1)
     load_checkpoint(tmp_path / "run" / "step-000001", other.method.student, ranks, {})
     assert_same_weights(weights(one), weights(other), atol=0)
     ours, theirs = (parts.method.student.optimizer for parts in (one, other))

@@ -128,8 +128,9 @@ def test_accuracy_is_scored_on_whole_completions_whatever_the_schedule_allows_ye
 def stop_after(step: int, monkeypatch) -> None:
     real = loop._save
 
-    def save_and_stop(parts, progress):
-        real(parts, progress)
+    def save_and_stop(parts, progress, saving):
+        real(parts, progress, saving)
+        saving.finish()
         if progress.step == step:
             raise Interrupted
 

@@ -152,8 +152,9 @@ def test_a_step_makes_its_updates_and_resumes_exactly(objective, tmp_path, train
     assert [row["train/learning_rate/last"] for row in rows] == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
     real = loop._save
 
-    def save_and_stop(parts, progress):
-        real(parts, progress)
+    def save_and_stop(parts, progress, saving):
+        real(parts, progress, saving)
+        saving.finish()
         states = parts.method.student.optimizer.state.values()
         assert {int(state["step"]) for state in states} == {3 * progress.step}
         raise Interrupted

@@ -12,8 +12,9 @@ import yaml
 from conftest import MODELS, miniature_recipe
 from oprd.errors import Interrupted
 from oprd.evaluate.evaluate import Evaluator
+from oprd.files import SUMS
 from oprd.recipe import parse_recipe
-from oprd.train import loop
+from oprd.train import loop, saving
 from oprd.train.checkpoint import checkpoints
 from oprd.train.run import run_recipe
 from train.runs import assert_equal_runs, evaluations
@@ -62,17 +63,19 @@ def test_a_signal_during_an_evaluation_saves_the_step_and_the_resumed_run_evalua
 
 def test_a_signal_while_a_checkpoint_is_saved_stops_after_it(tree, tmp_path, monkeypatch):
     recipe = tree | {"output_dir": str(tmp_path / "run"), "save_steps": 1, "evaluation": {}, "eval_steps": None}
-    real = loop.save_checkpoint
+    real = saving.write_checkpoint
 
     def save_and_signal(*given, **named):
-        monkeypatch.setattr(loop, "save_checkpoint", real)
+        monkeypatch.setattr(saving, "write_checkpoint", real)
         os.kill(os.getpid(), signal.SIGHUP)
         return real(*given, **named)
 
-    monkeypatch.setattr(loop, "save_checkpoint", save_and_signal)
-    with pytest.raises(Interrupted, match="after step 1"):
+    monkeypatch.setattr(saving, "write_checkpoint", save_and_signal)
+    with pytest.raises(Interrupted, match=r"after step [12]") as stopped:
         run_recipe(parse_recipe(recipe))
-    assert len(checkpoints(tmp_path / "run" / "checkpoints")) == 1
+    last = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert last.name.endswith(str(stopped.value)[-1])
+    assert (last / SUMS).is_file()
 
 
 def test_a_second_signal_stops_at_once(tree, tmp_path, monkeypatch):

@@ -26,13 +26,14 @@ from oprd.models.language_model import FrozenModel
 from oprd.models.loading import load_frozen
 from oprd.recipe import parse_recipe
 from oprd.student import _rounded_at_random
-from oprd.train.checkpoint import load_checkpoint, save_checkpoint
+from oprd.train.checkpoint import load_checkpoint
 from oprd.train.run import run_recipe
 from oprd.train.setup import setup
 from oprd.types import ALL_TOKENS, HiddenSpec, Taps
 from train.runs import (
     assert_same_weights,
     rollouts_of,
+    save_checkpoint,
     update,
     weights,
     weights_after,
@@ -88,7 +89,7 @@ def test_a_resumed_student_goes_on_as_if_it_had_not_stopped(options, tmp_path, t
     first, resumed = (setup(parse_recipe(tree)) for _ in range(2))
     for _ in range(2):
         update(first)
-    save_checkpoint(tmp_path, 2, first.method.student, first.ranks, state=dict, tensors={}, keep=1)
+    save_checkpoint(tmp_path, 2, first.method.student, first.ranks)
     update(first)
     load_checkpoint(tmp_path / "step-000002", resumed.method.student, resumed.ranks, tensors={})
     assert any(not torch.equal(x, weights(first)[name]) for name, x in weights(resumed).items())

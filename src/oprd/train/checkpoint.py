@@ -11,6 +11,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -37,29 +38,33 @@ _FILE_BYTES = 2**31
 """Of tensors in one file, which is put together in memory."""
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    student: Student,
-    ranks: Ranks,
-    state: Callable[[], dict[str, Any]],
-    tensors: dict[str, Tensor],
-    keep: int,
-) -> None:
-    """Store trained weights, optimizer, `tensors` (DTensors by shards) and what `state` gives on the main rank after `step`
-    steps; delete all but the newest `keep` checkpoints. A step that is stored already stays as it is."""
-    aside, final = folder / f".step-{step:06d}.tmp", folder / f"step-{step:06d}"
-    if ranks.any_rank(ranks.is_main and (final / SUMS).is_file()):
-        return
-    stored = {name: value.detach().contiguous() for name, value in (_in_use(student) | tensors).items()}
-    # bitsandbytes gives all parameters one table, which safetensors refuses
-    stored |= {name: value.clone() for name, value in stored.items() if ".qmap" in name}
-    ends = accumulate(value.nbytes for value in stored.values())
-    files = {name: 1 + end // _FILE_BYTES for name, end in zip(stored, ends, strict=True)}
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What a checkpoint holds: copies in CPU memory, of sharded tensors this rank's shard."""
 
-    def write_state() -> None:
-        stored = {"step": step, "scheduler": student.scheduler.state_dict()} | state()
-        write_atomically(aside / "state.json", json.dumps(stored, indent=2))
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    """On the main rank."""
+
+
+def snapshot(
+    step: int, student: Student, ranks: Ranks, state: Callable[[], dict[str, Any]], tensors: dict[str, Tensor]
+) -> Snapshot:
+    """Copy trained weights, optimizer, `tensors` and what `state` gives on the main rank. Where nothing is sharded, the main
+    rank alone copies: it alone writes."""
+    kept: dict[str, Any] = {}
+    ranks.on_main(lambda: kept.update(step=step, scheduler=student.scheduler.state_dict(), **state()))
+    held = _in_use(student) | tensors if ranks.sharded or ranks.is_main else {}
+    copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in held.items()}
+    return Snapshot(step=step, tensors=copies, state=kept)
+
+
+def write_checkpoint(folder: Path, taken: Snapshot, ranks: Ranks, keep: int) -> None:
+    """Store a snapshot; delete all but the newest `keep` checkpoints. Those of `ranks` are called that hold a part of it."""
+    aside, final = folder / f".step-{taken.step:06d}.tmp", folder / f"step-{taken.step:06d}"
+    ends = accumulate(value.nbytes for value in taken.tensors.values())
+    files = {name: 1 + end // _FILE_BYTES for name, end in zip(taken.tensors, ends, strict=True)}
 
     def begin() -> None:
         delete(aside)
@@ -77,13 +82,18 @@ def save_checkpoint(
             ranks.on_main(begin)
             with _plain_errors():
                 writer = HuggingFaceStorageWriter(str(aside), files, save_distributed=True)
-                save(stored, storage_writer=writer, no_dist=ranks.size == 1)
-            ranks.on_main(write_state)
+                save(taken.tensors, storage_writer=writer, no_dist=ranks.size == 1, process_group=ranks.group)
+            ranks.on_main(lambda: write_atomically(aside / "state.json", json.dumps(taken.state, indent=2)))
             sums = _sums(aside, ranks)
             ranks.on_main(end)
     except DiskError:
         delete(aside)
         raise
+
+
+def stored(folder: Path, step: int) -> bool:
+    """Whether there is a checkpoint of this step."""
+    return (folder / f"step-{step:06d}" / SUMS).is_file()
 
 
 def load_checkpoint(path: Path, student: Student, ranks: Ranks, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -110,14 +120,14 @@ def load_checkpoint(path: Path, student: Student, ranks: Ranks, tensors: dict[st
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """The trained weights of a checkpoint by their names in the student, whole, however many ranks wrote it."""
     reader = HuggingFaceStorageReader(str(path))
-    stored: dict[str, Any] = {
+    found: dict[str, Any] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)  # pyright: ignore[reportAttributeAccessIssue]
         for name, entry in reader.read_metadata().state_dict_metadata.items()
         if name.startswith(_STUDENT)
     }
     with _plain_errors():
-        load(stored, storage_reader=reader, no_dist=True)
-    return {name.removeprefix(_STUDENT): value for name, value in stored.items()}
+        load(found, storage_reader=reader, no_dist=True)
+    return {name.removeprefix(_STUDENT): value for name, value in found.items()}
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -18,7 +18,7 @@ from oprd.evaluate.evaluate import Evaluation, Evaluator
 from oprd.files import append_jsonl, read_json, write_json
 from oprd.progress import Bar, console, progress_bar
 from oprd.recipe import recipe_to_yaml
-from oprd.train.checkpoint import checkpoints, forget_after, load_checkpoint, save_checkpoint, whole_checkpoint
+from oprd.train.checkpoint import checkpoints, forget_after, load_checkpoint, whole_checkpoint
 from oprd.train.interrupt import Interrupt
 from oprd.train.metrics import (
     advice_on_cuts,
@@ -31,6 +31,7 @@ from oprd.train.metrics import (
 )
 from oprd.train.rollouts import few_fresh, sampling_at, updates_on, write_ahead
 from oprd.train.save import save_student, write_card
+from oprd.train.saving import Saving
 from oprd.train.setup import Parts
 from oprd.train.validation import validate
 from oprd.types import Rollouts
@@ -80,11 +81,10 @@ def train(parts: Parts) -> Result:
     user asked to stop.
     """
     recipe, ranks, done = parts.recipe, parts.ranks, parts.folder.path / "result.json"
-    if recipe.resume_from_checkpoint is not None and done.is_file():
-        result = Result.read(done)
-        if result.steps >= recipe.max_steps:
-            console.print(f"{parts.folder.path} is finished already; nothing to do.")
-            return result
+    resuming = recipe.resume_from_checkpoint is not None and done.is_file()
+    if resuming and (result := Result.read(done)).steps >= recipe.max_steps:
+        console.print(f"{parts.folder.path} is finished already; nothing to do.")
+        return result
     with contextlib.ExitStack() as stack:
         stack.callback(parts.folder.release)
         progress = _start(parts)
@@ -92,8 +92,12 @@ def train(parts: Parts) -> Result:
         stack.callback(parts.method.teacher.close)
         stack.callback(parts.engine.close)
         stack.enter_context(parts.verifier)
-        stack.enter_context(_rescue(parts, progress))
-        stop = partial(_stop_if_asked, parts, progress, interrupt)
+        saving = Saving(
+            parts.folder.checkpoints, parts.method.student, ranks, recipe.save_steps, recipe.save_total_limit
+        )
+        save = partial(_save, parts, progress, saving)
+        stack.enter_context(_rescue(parts, progress, saving, save))
+        stop = partial(_stop_if_asked, parts, progress, interrupt, saving, save)
         label = parts.folder.path.name
         bar = stack.enter_context(progress_bar(label, recipe.max_steps, done=progress.step, shown=ranks.is_main))
         while progress.step < recipe.max_steps:
@@ -101,11 +105,12 @@ def train(parts: Parts) -> Result:
             if recipe.eval_steps is not None and progress.step % recipe.eval_steps == 0:
                 _evaluate(parts, progress, stop)
             _step(parts, progress, bar)
-            if progress.step == recipe.max_steps or progress.step % recipe.save_steps == 0:
-                _save(parts, progress)
+            if progress.step == recipe.max_steps or saving.due(progress.step):
+                save()
             stop()
         save_student(parts)
         evaluations = _evaluate(parts, progress, stop)
+        saving.finish()
     result = Result(
         steps=progress.step,
         skipped_steps=progress.skipped_steps,
@@ -121,16 +126,34 @@ def train(parts: Parts) -> Result:
     return result
 
 
-def _stop_if_asked(parts: Parts, progress: Progress, interrupt: Interrupt) -> None:
-    """If the user asked any rank to stop, save the step and raise Interrupted."""
-    if parts.ranks.any_rank(interrupt.asked):
+def _save(parts: Parts, progress: Progress, saving: Saving) -> None:
+    def state() -> dict[str, Any]:
+        return {"progress": asdict(progress), "logs": parts.folder.sync_logs(), "processes": parts.ranks.size}
+
+    saving.begin(progress.step, state, _tensors(parts))
+
+
+def _tensors(parts: Parts) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds beside weights and optimizer."""
+    return parts.extrapolation.state() if parts.extrapolation is not None else {}
+
+
+def _stop_if_asked(
+    parts: Parts, progress: Progress, interrupt: Interrupt, saving: Saving, save: Callable[[], None]
+) -> None:
+    """If the user asked any rank to stop, save the step and raise Interrupted. Raises what went wrong with a checkpoint."""
+    asked, failed = parts.ranks.all_gather([interrupt.asked, saving.failed]).max(0).values.tolist()
+    if asked or failed:
+        saving.finish()
+    if asked:
         if progress.step:
-            _save(parts, progress)
+            save()
+            saving.finish()
         raise Interrupted(f"stopped after step {progress.step}", interrupt.signal)
 
 
 @contextlib.contextmanager
-def _rescue(parts: Parts, progress: Progress) -> Iterator[None]:
+def _rescue(parts: Parts, progress: Progress, saving: Saving, save: Callable[[], None]) -> Iterator[None]:
     """Whatever error ends the run, the last whole step is saved first, or the last one saved is named."""
     try:
         yield
@@ -139,9 +162,13 @@ def _rescue(parts: Parts, progress: Progress) -> Iterator[None]:
     except Exception as error:
         # of several ranks only these errors are known to be raised by all
         stopped = isinstance(error, ServerError | TrainingStopped)
-        if (stopped or parts.ranks.size == 1) and progress.step and parts.method.student.between_steps:
+        together = stopped or parts.ranks.size == 1
+        if together or not parts.ranks.sharded:
+            saving.wait()
+        if together and progress.step and parts.method.student.between_steps:
             try:
-                _save(parts, progress)
+                save()
+                saving.finish()
             except Exception as also:
                 console.print(f"Step {progress.step} could not be saved ({also}).")
         saved = checkpoints(parts.folder.checkpoints)
@@ -311,16 +338,3 @@ def _start(parts: Parts) -> Progress:
         parts.accelerator.init_trackers("oprd", config={"recipe": recipe_to_yaml(recipe)})
     ranks.wait()
     return progress
-
-
-def _save(parts: Parts, progress: Progress) -> None:
-    save_checkpoint(
-        parts.folder.checkpoints, progress.step, parts.method.student, parts.ranks,
-        state=lambda: {"progress": asdict(progress), "logs": parts.folder.sync_logs(), "processes": parts.ranks.size},
-        tensors=_tensors(parts), keep=parts.recipe.save_total_limit,
-    )  # fmt: skip
-
-
-def _tensors(parts: Parts) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds beside weights and optimizer."""
-    return parts.extrapolation.state() if parts.extrapolation is not None else {}
