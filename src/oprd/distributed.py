@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType, gather_object
 from jaxtyping import Float
 from torch import Tensor
 
+from oprd.clock import Stopwatch
 from oprd.errors import OprdError, ServerError, TrainingStopped
 
 T = TypeVar("T")
@@ -29,6 +30,8 @@ class Ranks:
         self.size = accelerator.num_processes
         self.is_main = accelerator.is_main_process
         self.device: torch.device = accelerator.device
+        self.waiting = Stopwatch()
+        """Of this rank in collectives, for the others and for what is sent."""
         self.group: dist.ProcessGroup | None = None
         """Of another thread's collectives; None: the launcher's."""
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
@@ -46,7 +49,10 @@ class Ranks:
         """The rows of all ranks, in float64, on the CPU."""
         mine = torch.tensor([list(row)], dtype=torch.float64)
         # alone, nothing is sent, and Apple's GPUs have no float64
-        return mine if self.size == 1 else cast(Tensor, self._accelerator.gather(mine.to(self.device))).cpu()
+        if self.size == 1:
+            return mine
+        with self.waiting.running():
+            return cast(Tensor, self._accelerator.gather(mine.to(self.device))).cpu()
 
     def sum(self, row: Sequence[float]) -> list[float]:
         return list(map(float, row)) if self.size == 1 else self.all_gather(row).sum(0).tolist()
@@ -61,7 +67,8 @@ class Ranks:
     def gather_objects(self, rows: list[Any]) -> list[Any]:
         """The lists of all ranks behind each other."""
         if self.size == 1 or self.group is None:
-            return rows if self.size == 1 else gather_object(rows)
+            with self.waiting.running():
+                return rows if self.size == 1 else gather_object(rows)
         found = cast(list[list[Any]], [None] * self.size)
         dist.all_gather_object(found, rows, group=self.group)
         return [row for one in found for row in one]
@@ -109,4 +116,5 @@ class Ranks:
 
     def wait(self) -> None:
         """Wait for every rank."""
-        self._accelerator.wait_for_everyone()
+        with self.waiting.running():
+            self._accelerator.wait_for_everyone()

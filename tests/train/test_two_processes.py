@@ -293,6 +293,22 @@ def test_every_objective_is_in_the_table_of_the_docs(alone, two):
 
 
 @pytest.mark.parametrize("how", HOW)
+def test_the_seconds_of_a_step_are_told_for_every_process(how, two):
+    """The parts of each add up to the same step, and the process with less to do waits."""
+    for row in read_lines(two(how, "mixture") / "metrics.jsonl"):
+        parts = [
+            {
+                name: row[f"time/{name}_s/rank_{rank}"]
+                for name in ("rollout", "transfer", "teacher", "update", "waiting", "other")
+            }
+            for rank in (0, 1)
+        ]
+        assert min(parts[0]["update"], parts[1]["update"], parts[0]["teacher"], parts[0]["waiting"]) > 0
+        assert sum(parts[0].values()) == pytest.approx(sum(parts[1].values()), abs=0.5)
+        assert parts[0]["update"] == row["time/update_s/sum"]
+
+
+@pytest.mark.parametrize("how", HOW)
 def test_a_sampled_run_resumes_exactly(how, two):
     """A LoRA student whose teacher is itself, gone on with after its first step."""
     run = two(how, "resumed")

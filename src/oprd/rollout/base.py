@@ -5,9 +5,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
+from oprd.clock import Stopwatch
 from oprd.distributed import Ranks
 from oprd.models.generate import Sampling
 from oprd.models.language_model import Model
@@ -18,6 +20,11 @@ from oprd.types import Prompt, Rollouts
 
 class RolloutEngine(ABC):
     """Writes completions with the student's weights."""
+
+    @cached_property
+    def transfer(self) -> Stopwatch:
+        """Of weights to where they write."""
+        return Stopwatch()
 
     max_logprob_difference: float = math.inf
     """Largest mean difference, in nats, of its `sampling_logprobs` to the student's own."""
@@ -49,7 +56,8 @@ class RolloutEngine(ABC):
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """Around calls of `generate`, on every rank: weights as they are on entry, and memory for writing only inside."""
-        self.sync_weights()
+        with self.transfer.running():
+            self.sync_weights()
         yield
         self.sleep()
 

@@ -186,7 +186,8 @@ def _rescue(parts: Parts, progress: Progress, saving: Saving, save: Callable[[],
 def _step(parts: Parts, progress: Progress, bar: Bar) -> None:
     """One step of the method, its search if one is due, and its line in metrics.jsonl."""
     recipe, method, step = parts.recipe, parts.method, progress.step + 1
-    start, clock = time.perf_counter(), Clock(parts.ranks.device)
+    start = time.perf_counter()
+    clock = Clock(parts.ranks.device, transfer=parts.engine.transfer, waiting=parts.ranks.waiting)
     with clock.section("rollout"):
         written, rollouts = method.collect(parts.sampler.batch(step - 1), sampling_at(parts, step), step)
         stale = written.staleness > 0
@@ -255,12 +256,19 @@ def _extrapolate(parts: Parts, step: int, clock: Clock) -> dict[str, float]:
 
 
 def _log(parts: Parts, progress: Progress, metrics: dict[str, float], clock: Clock, written: Rollouts) -> None:
+    seconds = clock.seconds()
+    of_ranks = parts.ranks.all_gather(list(seconds.values())).tolist()
     if not parts.ranks.is_main:
         return
+    several = {f"rank_{rank}": row for rank, row in enumerate(of_ranks)} if len(of_ranks) > 1 else {}
     row = metrics | {
         "train/skipped_steps/total": progress.skipped_steps,
         "tokens/generated/total": progress.generated_tokens,
-        **clock.metrics(),
+        **{
+            f"time/{name}_s/{whose}": round(s, 4)
+            for whose, row in ({"sum": of_ranks[0]} | several).items()
+            for name, s in zip(seconds, row, strict=True)
+        },
         "training_seconds/total": round(progress.seconds, 3),
         "memory/peak_gib/max": round(peak_memory_gib(parts.ranks.device), 3),
     }
