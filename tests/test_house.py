@@ -35,7 +35,7 @@ FLOORS = (
 )
 """A module imports from its own floor and from those below it, in no circle. `oprd/__init__.py` names what is public."""
 MOST_FILE_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS, MOST_FIELDS = 350, 50, 7, 128
-MOST_LINES = 14_150
+MOST_LINES = 14_350
 """Of the whole package: 8,919 for what the house holds, whose aim is 7,500; checks of numbers, files and engines came since."""
 MOST_PLACES = 3
 REGISTRIES = {"__init__.py", "objectives/__init__.py", "teacher/__init__.py", "teacher/several.py", "cli.py"}
