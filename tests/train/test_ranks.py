@@ -1,10 +1,13 @@
 """Two processes under FSDP2 in bfloat16: what is read off the sharded student is not rounded, and ranks wait for each other."""
 
 import json
+from datetime import timedelta
 
 import pytest
 
 from conftest import miniature_recipe
+from oprd.recipe import parse_recipe
+from oprd.train.accelerator import longest_wait
 from processes import TORCHRUN, run_two
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -65,6 +68,14 @@ def test_weights_of_the_first_update_are_one(ranks):
     for rank in ranks:
         assert rank["first"] == [1.0, 1.0]
         assert rank["then"] > 1e-3
+
+
+def test_ranks_wait_as_long_as_one_may_wait_for_servers(tmp_path, train_file):
+    rollout = {"engine": {"type": "vllm", "urls": ["http://127.0.0.1:1"], "timeout_s": 50_000.0}}
+    tree = miniature_recipe(tmp_path / "run", train_file)
+    assert longest_wait(parse_recipe(tree | {"rollout": rollout})) - longest_wait(parse_recipe(tree)) == timedelta(
+        seconds=100_000
+    )
 
 
 def test_ranks_wait_for_a_slow_one_for_hours(ranks):

@@ -97,6 +97,11 @@ class EngineConfig(Section, ABC):
     """Tokens of the key-value cache: as many sequences are generated at once as fit it with their longest completions."""
 
     @property
+    def longest_wait_s(self) -> float:
+        """For a server to start and to answer, where they have a limit."""
+        return 0.0
+
+    @property
     def device_share(self) -> float:
         """Share of the student's device that it holds by itself while it writes."""
         return 0.0

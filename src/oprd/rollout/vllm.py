@@ -72,6 +72,10 @@ class VLLMEngineConfig(EngineConfig):
         return bool(self.urls)
 
     @property
+    def longest_wait_s(self) -> float:
+        return 2 * self.timeout_s
+
+    @property
     def device_share(self) -> float:
         return 0.0 if self.urls else self.memory_share
 

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    parse_flag_from_env,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from oprd.errors import ConfigError
@@ -16,7 +21,7 @@ from oprd.progress import console
 from oprd.recipe import Recipe
 
 LONGEST_WAIT = timedelta(hours=3)
-"""For another rank, beside its wait for a teacher's server. Torch's 10 minutes would end a run whose completions are long on
+"""For another rank, beside its wait for servers. Torch's 10 minutes would end a run whose completions are long on
 one rank."""
 
 REFUSED = {
@@ -57,6 +62,8 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision="bf16" if _in_bf16(recipe) else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        # gradients are views of what DDP reduces, not copies beside it
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         dynamo_backend="no",
         log_with=list(recipe.report_to) or None,
         project_dir=recipe.output_dir,
@@ -78,12 +85,16 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
+def longest_wait(recipe: Recipe) -> timedelta:
+    """How long processes wait for each other: one may be waiting for servers, asked one after the other."""
+    teachers = sum(teacher.longest_wait_s for teacher in recipe.teacher.members.values())
+    return LONGEST_WAIT + timedelta(seconds=teachers + recipe.rollout.engine.longest_wait_s)
+
+
 def _in_bf16(recipe: Recipe) -> bool:
     """Whether the student computes in bfloat16."""
-    answers = sum(teacher.longest_wait_s for teacher in recipe.teacher.members.values())  # asked one after the other
-    longest = LONGEST_WAIT + timedelta(seconds=answers)
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # which Accelerator looks at, and its state does not
-    device: Any = PartialState(cpu=on_cpu, timeout=longest).device  # the process group starts here
+    device: Any = PartialState(cpu=on_cpu, timeout=longest_wait(recipe)).device  # the process group starts here
     if recipe.bf16 == "auto":
         on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return on_gpu or recipe.student.weights != "float32"
