@@ -22,7 +22,7 @@ from oprd.models import language_model
 from oprd.plan import start
 from oprd.plan.meter import Meter
 from oprd.plan.plan import Place, find_device, largest_budget, plan_checked, plan_recipe
-from oprd.plan.simulate import FROZEN, OPTIMIZER, WEIGHTS, alone, fill_optimizer, load, longest_step
+from oprd.plan.simulate import FROZEN, GRADIENTS, OPTIMIZER, WEIGHTS, alone, fill_optimizer, load, longest_step
 from oprd.plan.start import UNCHECKED, at_most
 from oprd.recipe import parse_recipe, recipe_to_dict, recipe_to_yaml
 from oprd.student import InitialStudent
@@ -150,6 +150,9 @@ def test_sharding_divides_what_the_student_holds(recipe_of):
     place = Place(device=find_device("24"), processes=4, sharded=True)
     whole = plan_recipe(recipe_of(prompts_per_step=8), Place(device=find_device("24"), processes=4)).parts["update"]
     parts = plan_recipe(recipe_of(prompts_per_step=8), place).parts["update"]
+    trained = whole[WEIGHTS]  # DDP holds all gradients at any time
+    assert whole[GRADIENTS] == pytest.approx(trained, rel=1e-3)
+    assert parts[GRADIENTS] < trained / 4
     assert [parts[name] for name in (WEIGHTS, OPTIMIZER)] == [whole[name] // 4 for name in (WEIGHTS, OPTIMIZER)]
     assert "gathered weights" in parts
 

@@ -44,11 +44,18 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from oprd.cli import main
+from oprd.student import Student
 from oprd.train import run
 
 torch.set_num_threads(1)
 jobs = json.loads(Path(sys.argv[1]).read_text())
-real_init, real_train = Accelerator.__init__, run.train
+real_init, real_train, real_clip, in_buckets = Accelerator.__init__, run.train, Student.clip_gradients, []
+
+def clip(self):
+    gradients = [p.grad for p in self.wrapper.parameters() if p.grad is not None]
+    if not job["wrap"]:
+        in_buckets.append(len({g.untyped_storage().data_ptr() for g in gradients}) < len(gradients))
+    return real_clip(self)
 
 def init(self, *args, **kwargs):
     real_init(self, *args, **kwargs)
@@ -66,12 +73,13 @@ def train(parts):
         witness = {
             "weights": hashlib.sha256(b"".join(w.clone().detach().numpy().tobytes() for w in whole)).hexdigest(),
             "held": sum(t.numel() for t in held),
+            "in_buckets": in_buckets,
             "moved": sum(t.numel() for t in parts.extrapolation.state().values()),
         }
         parts.folder.path.with_name(f"rank-{parts.ranks.rank}.json").write_text(json.dumps(witness))
     return result
 
-Accelerator.__init__, run.train = init, train
+Accelerator.__init__, run.train, Student.clip_gradients = init, train, clip
 for job in jobs:
     done = Path(job["recipe"]).with_name("run") / "result.json"
     if job["again"] and os.environ["RANK"] == "0":  # as if it had died before the end
@@ -363,6 +371,8 @@ def test_two_processes_accept_the_same_candidates(how, name, alone, two):
     assert any(row["accepted"] for row in found)
     if how == "ddp":
         assert one["held"] == one["moved"]
+        assert all(one["in_buckets"] + other["in_buckets"]), "a gradient beside what DDP reduces"
+        assert one["in_buckets"]
         return
     # only shards are held; and every process scores all prompts, as one process alone does
     assert one["held"] + other["held"] == one["moved"]

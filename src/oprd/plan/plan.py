@@ -103,7 +103,7 @@ def plan_checked(recipe: Recipe, checked: Checked, place: Place) -> Plan:
     # what compiled code and 8-bit optimizers do needs tensors with content
     student = recipe.student.model_copy(update={"torch_compile": False})
     plain = recipe.model_copy(update={"optim": "adamw_torch", "student": student})
-    simulated = simulate(plain, checked, place.processes)
+    simulated = simulate(plain, checked, place.processes, buckets=place.processes > 1 and not place.sharded)
     parts = {"rollout": Counter(simulated.rollout), "update": Counter(simulated.update)}
     for held in parts.values() if recipe.optim == "adamw_8bit" else ():
         held[OPTIMIZER] //= 4

@@ -62,8 +62,8 @@ class Simulated:
     """Bytes of weights that a sharded student holds whole at once: its largest block, and what stands outside the blocks."""
 
 
-def simulate(recipe: Recipe, checked: Checked, processes: int) -> Simulated:
-    """Load, write a token and update once, as one of so many processes."""
+def simulate(recipe: Recipe, checked: Checked, processes: int, *, buckets: bool) -> Simulated:
+    """Load, write a token and update once, as one of so many processes. `buckets`: DDP holds all gradients at any time."""
     meter = Meter()
     with alone(bf16=recipe.bf16 is True) as accelerator, without_content(), meter:
         with meter.part(FROZEN):
@@ -73,11 +73,17 @@ def simulate(recipe: Recipe, checked: Checked, processes: int) -> Simulated:
         meter.move(_tensors(student), WEIGHTS)
         with meter.part(OPTIMIZER):
             fill_optimizer(student)
+        with meter.part(GRADIENTS):
+            reduced = [torch.zeros_like(x) for x in student.wrapper.parameters() if buckets and x.requires_grad]
         rollout, flops, at_once, read = _write(recipe, checked, student, meter, processes)
         step = longest_step(recipe, checked, student, processes)
         micros = rows_by_tokens(step, recipe.micro_batch_tokens, packed=student.lm.packs)
         clock = _Parts(meter, accelerator.device)
-        with _watched(meter, student), _masks(packed=student.lm.packs), _inputs_in_cpu_memory(meter):
+        with (
+            _watched(meter, student, ELSEWHERE if reduced else GRADIENTS),
+            _masks(packed=student.lm.packs),
+            _inputs_in_cpu_memory(meter),
+        ):
             meter.forget_peak()
             method.update(step.take([row for rows in micros[:2] for row in rows]), 1, clock)
     for name, count in clock.flops.items():
@@ -230,7 +236,7 @@ class _Parts(Clock):
 
 
 @contextmanager
-def _watched(meter: Meter, student: Student) -> Iterator[None]:
+def _watched(meter: Meter, student: Student, gradients: str) -> Iterator[None]:
     """Tell the parts of the student's update apart."""
     body, wrapper, optimizer = student.lm.backbone, student.wrapper, student.optimizer
     trained = [parameter for parameter in wrapper.parameters() if parameter.requires_grad]
@@ -240,7 +246,7 @@ def _watched(meter: Meter, student: Student) -> Iterator[None]:
         body.register_forward_hook(lambda *_: meter.enter(LOSS)),
         wrapper.register_forward_hook(lambda *_: meter.enter(BACKWARD)),
         optimizer.register_step_pre_hook(lambda *_: meter.enter(OPTIMIZER)),
-        *(p.register_post_accumulate_grad_hook(lambda p: meter.move([p.grad], GRADIENTS)) for p in trained),
+        *(p.register_post_accumulate_grad_hook(lambda p: meter.move([p.grad], gradients)) for p in trained),
     ]
     try:
         yield
