@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from oprd.demo.task import sums, write_jsonl
 from oprd.models.language_model import LanguageModel
 
+pytest.register_assert_rewrite("train.runs", "estimators")  # what their assertions compared is told
+
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "src" / "oprd" / "demo" / "models"
 DATA = ROOT.parent / "shared" / "data"

@@ -150,3 +150,13 @@ def test_reasoning_that_a_prompt_opens_can_be_closed(mark):
     assert left_open(f"<|assistant|>{mark}") == mark
     assert final_part(f"{mark}a") == ""
     assert final_part(f"{mark}a{closing(mark)}b") == "b"
+
+
+def test_a_machine_that_is_busy_elsewhere_does_not_cost_a_verdict():
+    """The worker stands still for longer than the limit, as if others had the processor."""
+    with VerifierPool(workers=1, timeout_s=1.0) as pool:
+        assert pool.verify([r"\boxed{1}"], ["1"])[0].correct
+        (worker,) = pool._workers
+        os.kill(worker._process.pid, signal.SIGSTOP)
+        threading.Timer(2.5, os.kill, (worker._process.pid, signal.SIGCONT)).start()
+        assert pool.verify([r"\boxed{1}"], ["1"])[0].outcome == "correct"

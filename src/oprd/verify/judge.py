@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import resource
+import signal
 import sys
 from dataclasses import replace
 from itertools import product
@@ -136,7 +137,8 @@ def _complex(found: Any) -> Any:
 
 
 def main() -> None:
-    """Answer each line of standard input with a line, until it closes because the parent process ended."""
+    """Answer each line of standard input with a line, until it closes because the parent process ended. An answer that takes
+    more than its `seconds` of processor time ends the process, wherever it is: on a busy machine the clock says nothing."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what the libraries print must not end up between our lines
     logging.disable(logging.CRITICAL)
@@ -145,4 +147,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     for line in sys.stdin:
         item = json.loads(line)
-        print(json.dumps(judge(item["completion"], item["answer"])), file=out, flush=True)
+        signal.setitimer(signal.ITIMER_PROF, item["seconds"])
+        verdict = judge(item["completion"], item["answer"])
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(verdict), file=out, flush=True)

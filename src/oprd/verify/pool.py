@@ -7,6 +7,7 @@ Workers are plain commands, not multiprocessing's: scripts need no `__main__` gu
 import contextlib
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +22,8 @@ from typing import Literal
 from oprd.errors import OprdError
 
 START_TIMEOUT_S = 120.0
+# a wait that takes no processor time ends after so many times the limit by the clock
+MOST_WALL = 12
 # a sympy.py in the working folder must not be run; that folder may be on PYTHONPATH as an empty entry
 _START = (
     "import os, sys; sys.path = [p for p in sys.path if p and os.path.realpath(p) != os.getcwd()] + sys.argv[1:]; "
@@ -42,7 +45,7 @@ class Verdict:
 
 
 class VerifierPool(contextlib.AbstractContextManager["VerifierPool"]):
-    """Checks completions against known answers in `workers` processes, each answer in at most `timeout_s` seconds.
+    """Checks completions against known answers in `workers` processes, each in at most `timeout_s` seconds of processor time.
 
     The processes start when first needed. They end with `close` or the `with` block, and when this process dies.
     """
@@ -83,13 +86,13 @@ class _Worker:
         self._process: subprocess.Popen[str] | None = None
 
     def check(self, completion: str, answer: str) -> Verdict:
-        process, start = self._process or self._start(), time.monotonic()
-        line = _ask(process, completion, answer, self._timeout_s)
+        process, start, most = self._process or self._start(), time.monotonic(), MOST_WALL * self._timeout_s
+        line = _ask(process, completion, answer, self._timeout_s, wall_s=most)
         if line:
             return Verdict(**json.loads(line))
-        outcome = "timed_out" if time.monotonic() - start >= self._timeout_s else "crashed"
         self.stop()
-        return Verdict(outcome=outcome, extracted=None)
+        late = process.returncode == -signal.SIGPROF or time.monotonic() - start >= most
+        return Verdict(outcome="timed_out" if late else "crashed", extracted=None)
 
     def stop(self) -> None:
         if self._process is not None:
@@ -104,7 +107,7 @@ class _Worker:
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8", start_new_session=True
         )
         # the first answer builds math-verify's grammar
-        if not _ask(self._process, r"\boxed{\frac{1}{2}}", "0.5", START_TIMEOUT_S):
+        if not _ask(self._process, r"\boxed{\frac{1}{2}}", "0.5", START_TIMEOUT_S, wall_s=START_TIMEOUT_S):
             self.stop()
             raise OprdError(
                 f"the answer-checking process did not start within {START_TIMEOUT_S:.0f} s; "
@@ -113,13 +116,14 @@ class _Worker:
         return self._process
 
 
-def _ask(process: "subprocess.Popen[str]", completion: str, answer: str, timeout_s: float) -> str:
+def _ask(process: "subprocess.Popen[str]", completion: str, answer: str, timeout_s: float, *, wall_s: float) -> str:
     """The worker's line on an answer; empty if it died or was killed for its time."""
     assert process.stdin is not None and process.stdout is not None  # noqa: PT018
-    timer = threading.Timer(timeout_s, process.kill)
+    timer = threading.Timer(wall_s, process.kill)
     timer.start()
     try:
-        print(json.dumps({"completion": completion, "answer": answer}), file=process.stdin, flush=True)
+        item = {"completion": completion, "answer": answer, "seconds": timeout_s}
+        print(json.dumps(item), file=process.stdin, flush=True)
         return process.stdout.readline()
     except BrokenPipeError:
         return ""
