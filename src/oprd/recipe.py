@@ -264,7 +264,7 @@ GONE = {
     "level": "accept: paired takes p <= 0.05",
     "max_lost_share": "a step that loses more than a tenth of its requests stops the run",
     "logprobs": "log-probabilities are requested as vLLM's prompt_logprobs",
-    "verify_timeout_s": "an answer is checked within 5 s, a constant of verify/pool.py",
+    "verify_timeout_s": "an answer is checked within 5 s of processor time, a constant of verify/pool.py",
     "adam_beta1": "AdamW's betas are torch's defaults",
     "adam_beta2": "AdamW's betas are torch's defaults",
     "importance_clip": "it is a constant of losses/importance.py",
