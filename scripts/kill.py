@@ -3,10 +3,10 @@
     python scripts/kill.py [KILLS] [SEED] [KIND...]
 
 Prints a line for each kind of run; exits with 1 if any differs. Metrics, evaluations, searches, samples and the saved student
-must be equal bit for bit, but for what was asked of a server; of that nothing may be missing in its usage log. Children are
-forked, so that a start costs no import.
+must be equal bit for bit, but for what was asked of a server; of that nothing may be missing in its usage log.
 """
 
+import multiprocessing
 import os
 import random
 import signal
@@ -14,6 +14,7 @@ import sqlite3
 import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -27,6 +28,10 @@ from oprd.recipe import parse_recipe
 from oprd.train.run import run_recipe
 from serving import FaultyServer, served
 from train.runs import evaluations, metrics, read_lines, searches
+
+CLEAN = multiprocessing.get_context("forkserver")
+"""Runs are forked from a process that has imported everything and computed nothing: torch's threads do not survive a fork."""
+CLEAN.set_forkserver_preload(["oprd.train.run", "oprd.train.setup", "transformers"])
 
 
 def recipes(folder: Path, url: str) -> dict[str, dict]:
@@ -52,19 +57,19 @@ def recipes(folder: Path, url: str) -> dict[str, dict]:
     return {name: miniature_recipe("", train, max_steps=6, rollout=short) | options for name, options in kinds.items()}
 
 
-def start(tree: dict, folder: Path) -> int:
-    """The process id of a child that runs, or goes on with, a recipe in `folder`."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        with (folder.parent / "errors.txt").open("w") as errors:
-            os.dup2(errors.fileno(), 2)
-            run_recipe(parse_recipe(tree | {"output_dir": str(folder), "resume_from_checkpoint": "latest"}))
-        code = 0
-    finally:
-        os._exit(code)
+def run(tree: dict, folder: Path) -> None:
+    """Run, or go on with, a recipe in `folder`."""
+    torch.set_num_threads(1)
+    with (folder.parent / "errors.txt").open("w") as errors:
+        os.dup2(errors.fileno(), 2)
+    run_recipe(parse_recipe(tree | {"output_dir": str(folder), "resume_from_checkpoint": "latest"}))
+
+
+def start(tree: dict, folder: Path) -> BaseProcess:
+    """`run` in a process of its own."""
+    child = CLEAN.Process(target=run, args=(tree, folder))
+    child.start()
+    return child
 
 
 def left(folder: Path) -> list[object]:
@@ -80,13 +85,12 @@ def killed(tree: dict, folder: Path, whole_seconds: float, rng: random.Random) -
     kills = 0
     while True:
         child, patience = start(tree, folder), rng.uniform(0.05, 0.8) * whole_seconds
-        deadline = time.monotonic() + (patience if kills < 6 else 600)
-        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-            if time.monotonic() > deadline:
-                os.kill(child, signal.SIGKILL)
-            time.sleep(0.01)
-        if os.waitstatus_to_exitcode(ended[1]) != -signal.SIGKILL:
-            assert ended[1] == 0, (folder.parent / "errors.txt").read_text()
+        child.join(patience if kills < 6 else 600)
+        if child.exitcode is None:
+            child.kill()
+            child.join()
+        if child.exitcode != -signal.SIGKILL:
+            assert child.exitcode == 0, (folder.parent / "errors.txt").read_text()
             return kills
         kills += 1
 
@@ -102,6 +106,9 @@ def main() -> int:
     wanted, seed = (int(given) for given in [*sys.argv[1:3], *("30", "0")[len(sys.argv[1:3]) :]])
     torch.set_num_threads(1)
     rng, failed = random.Random(seed), 0
+    imports = CLEAN.Process(target=int)  # no run is timed with them
+    imports.start()
+    imports.join()
     with tempfile.TemporaryDirectory() as place, FaultyServer() as server:
         kinds = recipes(Path(place), server.url)
         kinds = {name: kinds[name] for name in sys.argv[3:] or kinds}
@@ -109,7 +116,9 @@ def main() -> int:
             home = Path(place) / name
             home.mkdir()
             began = time.monotonic()
-            assert os.waitpid(start(tree, home / "whole"), 0)[1] == 0, (home / "errors.txt").read_text()
+            first = start(tree, home / "whole")
+            first.join()
+            assert first.exitcode == 0, (home / "errors.txt").read_text()
             seconds, kills, runs, different = time.monotonic() - began, 0, 0, 0
             whole = left(home / "whole")
             while kills < wanted / len(kinds):
