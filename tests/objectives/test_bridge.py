@@ -33,6 +33,8 @@ from oprd.train.run import run_recipe
 from oprd.train.setup import setup
 from oprd.types import HiddenSpec, HiddenStates, Message, Prompt, Rollouts, Taps, Targets
 
+pytestmark = pytest.mark.slow
+
 WIDE = {"type": "local", "model": str(MODELS / "wide_teacher"), "dtype": "float32"}
 SAMPLED = {"type": "opd_sampled"}
 NO_TRUST = 1e-30
@@ -121,7 +123,6 @@ def test_a_bridge_file_that_was_damaged_is_refused(bridge, tmp_path):
             load_bridge(damaged)
 
 
-@pytest.mark.slow
 def test_from_the_command_line_fit_train_and_the_figures_of_the_report(prompts, tmp_path):
     tree = bridge_recipe(tmp_path / "run", prompts, tmp_path / "b.safetensors", {"layers": "last"}, max_steps=1)
     recipe = tmp_path / "recipe.yaml"
@@ -510,7 +511,6 @@ def test_spans_have_each_models_own_log_probability(prompts, tmp_path):
     assert_close(values.detach()[objective.weights(rollouts) > 0], torch.tensor(expected), atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.slow
 def test_a_bridge_with_another_objective_resumes_to_the_same_student(bridge, prompts, tmp_path):
     fading = bridge_recipe(tmp_path, prompts, bridge)["objective"] | {"weight": {"from": 10.0, "to": 0.0, "steps": 3}}
     tree = miniature_recipe(tmp_path / "whole", prompts, teacher=WIDE, objective=[fading, SAMPLED], max_steps=3)

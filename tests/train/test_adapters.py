@@ -19,6 +19,8 @@ from oprd.train.run import distill, run_recipe
 from oprd.train.setup import check, open_accelerator, setup
 from train.runs import metrics, rollouts_of
 
+pytestmark = pytest.mark.slow
+
 LORA = {"model": str(MODELS / "base"), "lora": {"r": 4}}
 SELF = {"teacher": {"type": "self", "prompt_template": "{problem}"}, "objective": {"type": "opd"}}
 

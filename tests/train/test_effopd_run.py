@@ -17,6 +17,8 @@ from oprd.train.setup import Parts, setup
 from oprd.train.validation import validate
 from train.runs import assert_equal_runs, metrics, read_lines, searches, update
 
+pytestmark = pytest.mark.slow
+
 TEACHER = {"model": str(MODELS / "teacher")}
 
 
@@ -33,7 +35,6 @@ def score(parts: Parts, step: int = 1) -> Scores:
 # The scores
 
 
-@pytest.mark.slow
 def test_accuracy_is_that_of_the_verifier(tmp_path, train_file):
     effopd = {"validation_prompts": 24, "validation_samples": 2, "score": "accuracy"}
     parts = parts_of(tmp_path, train_file, effopd, student=TEACHER)
@@ -150,7 +151,6 @@ def stop_after(step: int, monkeypatch) -> None:
     ],
     ids=["objective", "accuracy", "lora"],
 )
-@pytest.mark.slow
 def test_a_run_resumed_across_a_search_equals_the_uninterrupted_run(effopd, changes, tmp_path, train_file, monkeypatch):
     effopd = {"validation_prompts": 4, "score": "objective", "factors": [2.0, 4.0]} | effopd
     options = {"max_steps": 4, "save_steps": 3, "learning_rate": 1e-4, "extrapolation": effopd} | changes

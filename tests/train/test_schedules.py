@@ -25,6 +25,8 @@ from train.runs import (
     write_completions,
 )
 
+pytestmark = pytest.mark.slow
+
 SAMPLED = {"type": "opd_sampled"}
 
 
@@ -137,7 +139,6 @@ def test_the_datasets_completions_are_neither_generated_nor_weighted(tmp_path, t
 
 
 @pytest.mark.parametrize("objective", [{"type": "oprd", "tokens": "all"}, SAMPLED], ids=["oprd", "sampled"])
-@pytest.mark.slow
 def test_a_step_makes_its_updates_and_resumes_exactly(objective, tmp_path, train_file, monkeypatch):
     options = {"group_size": 2, "max_completion_length": 48, "updates_per_rollout": 3}
     tree = miniature_recipe(tmp_path / "whole", train_file, objective=objective, rollout=options, max_steps=3)

@@ -11,6 +11,8 @@ from oprd.section import WeightSchedule
 from oprd.train.run import run_recipe
 from train.runs import assert_same_weights, largest_difference, metrics, weights_after
 
+pytestmark = pytest.mark.slow
+
 FADING = {"from": 1, "to": 0, "steps": 10}
 OPRD = {"type": "oprd", "tokens": "all"}
 OPD_TERM = {"type": "opd"}
