@@ -7,7 +7,6 @@ model of SmolLM2-135M's shape with random weights, float32, one thread, CPU seco
 
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
 from oprd.train.run_folder import describe_machine
+from side_by_side import cpu_seconds
 
 OUT = Path(__file__).parent / "results" / "group_prompt.json"
 GROUP, ROUNDS = 4, 3
@@ -47,12 +47,6 @@ def arms(model: LlamaModel, prompt: int, length: int) -> dict[str, Callable[[], 
         return finish(out.last_hidden_state[0, prompt:])
 
     return {"rows": rows, "shared": shared}
-
-
-def cpu_seconds(work: Callable[[], Tensor]) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 def main() -> None:

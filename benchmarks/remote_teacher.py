@@ -6,7 +6,6 @@ SmolLM2-135M in float32 on one thread, 4 completions of 64 + 192 tokens: seconds
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import httpx2
 import torch
 
 from oprd.models.loading import ModelFacts
+from oprd.rollout.vllm_server import free_port
 from oprd.student import InitialStudent
 from oprd.teacher.base import Needs, TeacherContext
 from oprd.teacher.local import LocalTeacherConfig
@@ -75,9 +75,7 @@ def main() -> None:
         return answer
 
     Servers.ask = ask  # type: ignore[method-assign]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     process, found = start(port), {}
     try:
         with tempfile.TemporaryDirectory() as folder:

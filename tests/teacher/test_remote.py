@@ -32,19 +32,13 @@ from oprd.teacher.serve import Options, serve
 from oprd.teacher.wire import Asked
 from oprd.train.run import run_recipe
 from oprd.types import ALL_TOKENS, HiddenSpec, Prompt, Rollouts, Taps
-from serving import teacher_context
+from serving import free_port, teacher_context
 from train.runs import assert_same_weights, metrics, saved_student
 
 pytestmark = pytest.mark.slow
 TEACHER, WIDE = str(MODELS / "teacher"), str(MODELS / "wide_teacher")
 KEY = "sk-remote-0123456789"
 LAST = HiddenSpec(block="last", at="predicting", tokens=ALL_TOKENS)
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 def start(model: str, port: int, *options: str, **environment: str) -> subprocess.Popen:
@@ -212,6 +206,12 @@ def test_without_the_key_nothing_is_told_and_the_key_is_in_no_file(tmp_path, tra
 
 
 ALIGNMENT = {"teacher_ids": [], "student_length": 2, "student_index": [0], "teacher_index": [0]}
+
+
+def test_a_key_in_place_of_its_name_is_refused_and_not_shown():
+    with pytest.raises(ValidationError, match="must be the name of an environment variable") as refused:
+        remote_config("http://teacher:8500", api_key_env=KEY)
+    assert KEY not in str(refused.value)
 
 
 def post(url: str, **changes: Any) -> httpx2.Response:

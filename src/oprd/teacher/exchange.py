@@ -1,6 +1,7 @@
 """A server's section of a recipe; a request to it, its response read strictly, and the log of responses and usage."""
 
 import json
+import os
 import re
 import sqlite3
 import time
@@ -13,9 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from oprd.errors import DiskError, ServerError
+from oprd.errors import ConfigError, DiskError, ServerError
 from oprd.section import Field, Listed, NonNegativeFloat, NonNegativeInt, PositiveInt, Rate, Section
 
 # `finish_reason` of a text that the model ended, and of one that a limit cut; any other one loses the response
@@ -23,17 +24,46 @@ ENDED = frozenset({"stop", "stop_sequence", "eos", "eos_token", "end_turn"})
 CUT = frozenset({"length", "max_tokens", "model_length"})
 
 
-class ServerSection(Section):
-    """How a server is reached, and what may be spent on it."""
+def is_address(url: str) -> bool:
+    """Whether it is `http://host:port/path`, without a password, ? or # in it."""
+    address = urlsplit(url)
+    return bool(re.fullmatch(r"https?://[^\s@?#]+", url) and address.hostname and address.port != 0)
+
+
+def read_key(variable: str | None, option: str = "api_key_env") -> str:
+    """The key in an environment variable that an option names; empty where none is named. Raises ConfigError."""
+    key = os.environ.get(variable, "").strip() if variable else ""
+    if variable and not key:
+        raise ConfigError(f"{option} names the environment variable {variable}, which is not set")
+    if not re.fullmatch(r"[!-~]*", key):
+        raise ConfigError(f"the key in {variable} has characters that no HTTP header can hold")
+    return key
+
+
+class KeySection(Section):
+    """The key of a server. It is written nowhere."""
 
     model_config = ConfigDict(hide_input_in_errors=True)  # someone may write the key itself in place of its name
+
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key; the key itself is written nowhere."""
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_a_variable(cls, name: str | None) -> str | None:
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name or "NONE"):
+            example = "such as OPENAI_API_KEY"
+            raise ValueError(f"api_key_env must be the name of an environment variable in capitals, {example}")
+        return name
+
+
+class ServerSection(KeySection):
+    """How a server is reached, and what may be spent on it."""
 
     base_url: str
     """`http://localhost:8000/v1`."""
     model: str
     """The name the server knows the model by."""
-    api_key_env: str | None = None
-    """Name of the environment variable that holds the key; the key itself is written nowhere."""
     concurrency: PositiveInt = 32
     """Requests under way at once, on one process."""
     timeout_s: Rate = 120.0
@@ -53,12 +83,9 @@ class ServerSection(Section):
 
     @model_validator(mode="after")
     def _check_server(self) -> "ServerSection":
-        address, prices = urlsplit(self.base_url), self.price_per_million
-        if not re.fullmatch(r"https?://[^\s@?#]+", self.base_url) or not address.hostname or address.port == 0:
+        prices = self.price_per_million
+        if not is_address(self.base_url):
             raise ValueError("base_url must look like http://host:port/v1, without a password, ? or # in it")
-        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env or "NONE"):
-            example = "such as OPENAI_API_KEY"
-            raise ValueError(f"api_key_env must be the name of an environment variable in capitals, {example}")
         if prices is not None and len(prices) != 2:
             raise ValueError("price_per_million must be two prices: [prompt, completion]")
         if self.max_cost is not None and not any(prices or ()):

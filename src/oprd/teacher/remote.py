@@ -1,8 +1,6 @@
 """A teacher that runs elsewhere, behind `oprd serve-teacher`: its hidden states come over HTTP."""
 
 import base64
-import os
-import re
 import tempfile
 import time
 from dataclasses import replace
@@ -25,6 +23,7 @@ from oprd.models.loading import ModelFacts, missing_in_common, without_weights
 from oprd.models.pretrained import load_tokenizer, read_config, read_generation_config, shapes_only
 from oprd.section import Listed, NonNegativeInt, Rate
 from oprd.teacher.base import Teacher, TeacherConfig, TeacherContext, TeacherFacts
+from oprd.teacher.exchange import KeySection, is_address, read_key
 from oprd.teacher.local import LOCAL, make_local
 from oprd.teacher.wire import About, Asked
 from oprd.types import Batch, Capability, HiddenStates, LMHead, Taps
@@ -33,14 +32,12 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
 """Between two attempts; doubled each time. Those of the `openai` package, as for teacher `server`."""
 
 
-class RemoteTeacherConfig(TeacherConfig):
+class RemoteTeacherConfig(TeacherConfig, KeySection):
     """A frozen model behind `oprd serve-teacher`, on other machines."""
 
     type: Literal["remote"] = "remote"
     urls: Listed[str]
     """Servers of one model, `http://host:8500`, asked in turn; where one fails the next is asked."""
-    api_key_env: str | None = None
-    """Name of the environment variable that holds the key; the key itself is written nowhere."""
     timeout_s: Rate = 600.0
     """Of one request."""
     max_retries: NonNegativeInt = 60
@@ -52,7 +49,7 @@ class RemoteTeacherConfig(TeacherConfig):
     @classmethod
     def _are_addresses(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         for url in urls:
-            if not re.fullmatch(r"https?://[^\s@?#]+", url):
+            if not is_address(url):
                 raise ValueError(
                     f"urls must look like http://host:8500, without a password, ? or # in them; got {url!r}"
                 )
@@ -104,9 +101,7 @@ class Servers:
 
     def __init__(self, config: RemoteTeacherConfig) -> None:
         self._config, self._next, self.count = config, 0, len(config.urls)
-        key = os.environ.get(config.api_key_env, "").strip() if config.api_key_env else ""
-        if config.api_key_env and not key:
-            raise ConfigError(f"api_key_env names the environment variable {config.api_key_env}, which is not set")
+        key = read_key(config.api_key_env)
         headers = {"authorization": f"Bearer {key}"} if key else {}
         limits = httpx2.Limits(max_keepalive_connections=0)  # a server that was started again has none of the old ones
         self._client = httpx2.Client(headers=headers, timeout=config.timeout_s, limits=limits, follow_redirects=False)

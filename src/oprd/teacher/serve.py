@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import hmac
-import os
 import socket
 import tempfile
 import threading
@@ -21,6 +20,7 @@ from oprd.models.language_model import FrozenModel
 from oprd.models.loading import ModelFacts, load_frozen
 from oprd.models.probe import Use
 from oprd.progress import console
+from oprd.teacher.exchange import read_key
 from oprd.teacher.wire import About, Asked, stream
 from oprd.types import Taps
 
@@ -38,14 +38,6 @@ class Options:
     blocks: str = "all"
     max_tokens: int = 65_536
     api_key_env: str | None = None
-
-    def key(self) -> str | None:
-        """The key that clients have to send. Raises ConfigError if its variable is not set."""
-        if self.api_key_env is None:
-            return None
-        if not (key := os.environ.get(self.api_key_env, "").strip()):
-            raise ConfigError(f"--api-key-env names the environment variable {self.api_key_env}, which is not set")
-        return key
 
     def chosen(self, count: int) -> tuple[int, ...]:
         """The blocks of a model of `count` whose states may be asked for. Raises ConfigError for others."""
@@ -150,7 +142,7 @@ def _about(name: str, model: FrozenModel, blocks: tuple[int, ...], max_tokens: i
     return About(name=name, fingerprint=fingerprint, weights=weights, files=files, blocks=blocks, max_tokens=max_tokens)
 
 
-def make_app(teacher: ServedTeacher, key: str | None) -> Any:
+def make_app(teacher: ServedTeacher, key: str) -> Any:
     """The HTTP interface: GET /about and /head, POST /hidden. Errors are JSON with a `detail`."""
     from fastapi import FastAPI, HTTPException, Request
     from fastapi.responses import JSONResponse, StreamingResponse
@@ -161,7 +153,7 @@ def make_app(teacher: ServedTeacher, key: str | None) -> Any:
     @app.middleware("http")
     async def admit(request: Request, go_on: Callable[[Request], Awaitable[Any]]) -> Any:
         sent = request.headers.get("authorization", "")
-        if key is not None and not hmac.compare_digest(sent.encode(), f"Bearer {key}".encode()):
+        if key and not hmac.compare_digest(sent.encode(), f"Bearer {key}".encode()):
             return JSONResponse({"detail": "the key is missing or wrong"}, 401)
         length = request.headers.get("content-length", "0" if request.method == "GET" else "")
         if not length.isdigit() or int(length) > most_bytes:
@@ -191,8 +183,8 @@ def make_app(teacher: ServedTeacher, key: str | None) -> Any:
 
 def serve(name: str, host: str, port: int, options: Options) -> None:
     """Load a model and answer until stopped. Raises ConfigError before that for what would let strangers in, or cannot work."""
-    key = options.key()
-    if key is None and host not in {"127.0.0.1", "localhost", "::1"}:
+    key = read_key(options.api_key_env, "--api-key-env")
+    if not key and host not in {"127.0.0.1", "localhost", "::1"}:
         raise ConfigError(
             f"--host {host} lets others reach the teacher: give --api-key-env, whose key they have to send"
         )

@@ -3,8 +3,6 @@
 import asyncio
 import hashlib
 import json
-import os
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing, closing, suppress
@@ -18,7 +16,7 @@ import httpx2
 import openai
 
 from oprd.errors import ConfigError, OprdError, ServerError
-from oprd.teacher.exchange import Failure, Request, Response, ServerSection, Tokens, UsageLog, read_response
+from oprd.teacher.exchange import Failure, Request, Response, ServerSection, Tokens, UsageLog, read_key, read_response
 from oprd.types import Metric
 
 MAX_LOST_SHARE = 0.1
@@ -55,11 +53,7 @@ class Transport:
         self, server: ServerSection, *, cache: Path, account: tuple[str, str, int], world_size: int = 1, seed: int = 0
     ) -> None:
         self._server, self._cache, self._account, self._seed = server, cache, account, seed
-        self._key = os.environ.get(server.api_key_env, "").strip() if server.api_key_env else "none"
-        if not self._key:
-            raise ConfigError(f"api_key_env names the environment variable {server.api_key_env}, which is not set")
-        if not re.fullmatch(r"[!-~]*", self._key):
-            raise ConfigError(f"the key in {server.api_key_env} has characters that no HTTP header can hold")
+        self._key = read_key(server.api_key_env) or "none"
         self._counts: Counter[str] = Counter()
         cache.parent.mkdir(parents=True, exist_ok=True)
         with closing(UsageLog(cache, account)) as log:
